@@ -1,0 +1,5 @@
+"""latbench: hardware-aware latency benchmarking."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

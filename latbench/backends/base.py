@@ -1,0 +1,89 @@
+"""What a runtime must offer: load an artifact, run it, tell its time by its own clock.
+
+Imported by workers: standard library and numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scalar = Union[int, float, str, bool]  # noqa: UP007  (evaluated, and workers run on Python 3.9 too)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One kernel of a loaded model, after the runtime's own fusions."""
+
+    name: str
+    op: str
+    ms: float
+
+
+class Runner(Protocol):
+    """A loaded artifact on a device, inputs resident, ready to run."""
+
+    def sample(self, repeat: int) -> float:
+        """Milliseconds for `repeat` back-to-back inferences, synchronised, on the back-end's own clock."""
+        ...
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One inference on given inputs, for conformance tests; never timed."""
+        ...
+
+    def layers(self) -> list[LayerTime] | None:
+        """Per-layer times of a separate pass; None where the runtime has no profiler."""
+        ...
+
+
+class Backend(Protocol):
+    """A runtime on one device. Constructed in the worker with the back-end's options."""
+
+    name: ClassVar[str]
+    artifact: ClassVar[Literal["onnx", "graph"]]  # what load() reads: an ONNX file, or a Graph as JSON
+    clock: ClassVar[Literal["host", "cuda_event", "model"]]
+    kinds: ClassVar[tuple[str, ...]]  # of devices that it runs on: "cpu", "gpu"
+
+    def __init__(self, options: Mapping[str, Scalar]) -> None:
+        """Raises UsageError on unknown options."""
+        ...
+
+    @classmethod
+    def available(cls) -> None:
+        """Raises BackendUnavailableError, with the command that would mend it, where the runtime cannot run here."""
+        ...
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Runtime and driver versions: what can move a number."""
+        ...
+
+    def load(self, artifact: Path) -> AbstractContextManager[Runner]:
+        """Raises MeasurementError with the runtime's words."""
+        ...
+
+
+_NOISE = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
+
+
+def aligned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Seeded noise on a page boundary: where a buffer lies decides cache conflicts, so it is always the same.
+
+    Floats are normal, integers 0 to 7: never all zeros or ones, on which some kernels are quicker.
+    """
+    kind = np.dtype(dtype)
+    n = int(np.prod(shape, dtype=np.int64))
+    room = np.empty(n * kind.itemsize + 4096, np.uint8)
+    start = -room.ctypes.data % 4096
+    array: NDArray[Any] = room[start : start + n * kind.itemsize].view(kind)
+    noise = (_NOISE if kind.kind == "f" else np.abs(_NOISE * 4) % (2 if kind.kind == "b" else 8)).astype(kind)
+    whole = n - n % len(noise)
+    array[:whole].reshape(-1, len(noise))[...] = noise
+    array[whole:] = noise[: n - whole]
+    return array.reshape(shape)

@@ -1,0 +1,110 @@
+"""The command line: one command a file, imported when it is called, so that ``latbench --help`` answers at once.
+
+This is the boundary where failures become one line on stderr and an exit status; what is not foreseen is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from latbench import __version__
+from latbench.errors import LatbenchError
+
+COMMANDS = {  # name -> (module:attribute, one line of help)
+    "devices": ("latbench.cli.devices:command", "What this host is, and which devices and back-ends work here."),
+    "doctor": ("latbench.cli.doctor:command", "What makes timings noisy here, and the command that mends each."),
+    "profile": ("latbench.cli.profile:command", "Measure the blocks of a search space into a latency table."),
+    "bench": ("latbench.cli.bench:command", "Measure one network: ONNX file, torchvision:NAME or SPACE:ARCH."),
+    "show": ("latbench.cli.show:command", "What a table holds: rows, noise, failures, provenance."),
+}
+
+EPILOG = """\b
+Exit status:
+  0  ok
+  1  usage or user error
+  2  some rows failed
+  3  regression
+  4  environment unfit: no such device or back-end here
+"""
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class LazyGroup(click.Group):
+    """Knows its commands' names and one-line helps; imports a command's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command '{args[0]}'. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs the command line and exits. A command ends with ``ctx.exit(status)``, or returns a status."""
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "latbench"
+            _fail(f"{error.format_message()} (see: {path} --help)", 1)
+        except click.ClickException as error:
+            _fail(error.format_message(), 1)
+        except click.Abort:  # click's form of KeyboardInterrupt; the line's ^C is closed by now
+            _fail("interrupted", INTERRUPTED)
+        except LatbenchError as error:
+            _fail(str(error), error.exit_status)
+        except OSError as error:
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            _fail(f"{where}{error.strerror or error}", 1)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="latbench")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Measure what networks and their blocks cost on a device, keep it in tables, and search networks under a latency
+    budget."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> NoReturn:
+    """Entry point of the ``latbench`` command."""
+    cli.main(prog_name="latbench")

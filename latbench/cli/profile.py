@@ -1,0 +1,192 @@
+"""``latbench profile``: a search space on a device into a latency table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from latbench.cli.values import DTYPE, DURATION, PERCENT
+
+if TYPE_CHECKING:
+    from latbench.profiling import Outcome, Target
+    from latbench.spaces.base import SearchSpace
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="Profile name, `cpu`, or `auto` (latbench devices).")
+@click.option("--space", "space_name", required=True, help="Search space: mobilenet_v1, nasbench201, ...")
+@click.option("--backend", help="Back-end; default: the device's.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--resolution", type=int, help="Pixels, square; default: the space's.")
+@click.option("--dtype", type=DTYPE, help="fp32 or fp16; default: the device's.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the runtime, on CPUs.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another setting of the space.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Another option of the back-end.")
+@click.option("--networks", type=click.IntRange(0), default=0, help="Whole networks to measure too (told: additivity).")
+@click.option(
+    "--context",
+    type=click.Choice(["sandwich", "isolated", "both"]),
+    default="sandwich",
+    show_default=True,
+    help="Blocks between thin convolutions, as in a network, or alone.",
+)
+@click.option("--fold-bn/--no-fold-bn", default=True, show_default=True, help="Fold batch norms before measuring.")
+@click.option("--ci", type=PERCENT, default="2%", show_default=True, help="Half-width of each row's interval to reach.")
+@click.option("--runs", type=click.IntRange(1), default=2, show_default=True, help="Worker processes per row.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=2, show_default=True, help="Blocks of samples per run; 6: careful."
+)
+@click.option("--budget", type=DURATION, help="Stop after this long; the same command goes on from there.")
+@click.option("--only", metavar="KEY", help="Only the row of this key (a prefix will do).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order, the networks and the weights.")
+@click.option("--dry-run", is_flag=True, help="Say how many rows and about how long; measure nothing.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default: named after what it holds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    device: str,
+    space_name: str,
+    backend: str | None,
+    batch: int,
+    resolution: int | None,
+    dtype: Any,
+    threads: int,
+    settings: tuple[str, ...],
+    options: tuple[str, ...],
+    networks: int,
+    context: Any,
+    fold_bn: bool,
+    ci: float,
+    runs: int,
+    rounds: int,
+    budget: float | None,
+    only: str | None,
+    seed: int,
+    dry_run: bool,
+    output: Path | None,
+    as_json: bool,
+) -> int:
+    """Measure every distinct block of a search space on a device into a latency table.
+
+    A killed run is resumed by the same command: nothing that was measured is lost.
+    """
+    from latbench import plugins
+    from latbench.cli.target import assignment, target_of
+    from latbench.measure.base import SamplingPlan
+    from latbench.profiling import duration_s, profile, wanted
+
+    space_class = plugins.load("latbench.spaces", space_name)
+    plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
+    target, dtype = target_of(device, backend, dtype, threads, options, plan, context=context, fold_bn=fold_bn)
+    space: SearchSpace = space_class.from_settings(
+        {
+            "batch": batch,
+            "dtype": dtype,
+            **({"resolution": resolution} if resolution is not None else {}),
+            **dict(assignment(text) for text in settings),
+        }
+    )
+    path = output or Path(_file_name(space, target))
+    if dry_run:
+        jobs = wanted(space, target, networks, only)
+        kinds = [job.row.kind for job in jobs]
+        plain = {
+            "rows": len(jobs),
+            **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "network")},
+            "estimated_s": round(duration_s(jobs, plan), 1),
+            "output": str(path),
+        }
+        click.echo(json.dumps(plain) if as_json else _dry(plain, target, space))
+        return 0
+
+    from latbench.cli.progress import Bar
+
+    with Bar(f"profile {space.name} on {target.device}") as bar:
+        outcome = profile(
+            space,
+            target,
+            path,
+            networks=networks,
+            only=only,
+            budget_s=float("inf") if budget is None else budget,
+            reporter=bar,
+        )
+    summary = _summary(outcome)
+    click.echo(json.dumps(summary) if as_json else _told(summary))
+    return 2 if summary["failed"] else 0
+
+
+def _file_name(space: SearchSpace, target: Target) -> str:
+    bits = {"float32": "fp32", "float16": "fp16"}[space.dtype]
+    name = f"{target.device}-{target.backend}-{space.name}-r{space.resolution}-b{space.batch}-{bits}"
+    threads = target.options.get("threads", 1)
+    return f"{name}{f'-t{threads}' if threads != 1 else ''}.parquet"
+
+
+def _dry(plain: dict[str, Any], target: Target, space: SearchSpace) -> str:
+    minutes = plain["estimated_s"] / 60
+    took = f"{minutes:.1f} min" if minutes >= 1 else f"{plain['estimated_s']:.0f} s"
+    return (
+        f"{space.name} on {target.device_name} with {target.backend}: {plain['rows']} rows "
+        f"({plain['blocks']} blocks, {plain['stubs']} stubs, {plain['networks']} networks), about {took}\n"
+        f"would write {plain['output']}"
+    )
+
+
+def _summary(outcome: Outcome) -> dict[str, Any]:
+    frame = outcome.table.frame
+    ok = frame[frame["status"] == "ok"]
+    half = ((ok["ci_high_ms"] - ok["ci_low_ms"]) / 2 / ok["gross_ref_ms"].fillna(ok["gross_ms"])).dropna()
+    bad = frame[frame["status"] != "ok"]
+    additivity = outcome.table.notes.get("additivity")
+    isolated = outcome.table.notes.get("additivity_isolated")
+    return {
+        "table": str(outcome.path),
+        "rows": len(frame),
+        "wanted": outcome.n_wanted,
+        "missing": outcome.n_missing,
+        "failed": len(bad),
+        "failures": bad["error"].str.slice(0, 200).value_counts().to_dict(),
+        "seconds": round(outcome.seconds, 1),
+        "interval_median": float(half.median()) if len(half) else None,
+        "interval_p95": float(half.quantile(0.95)) if len(half) else None,
+        "additivity": _without_series(additivity),
+        **({"additivity_isolated": _without_series(isolated)} if isolated else {}),
+        "canary": outcome.table.notes.get("canary"),
+    }
+
+
+def _without_series(figures: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if figures is None else {k: v for k, v in figures.items() if not isinstance(v, list)}
+
+
+def _told(summary: dict[str, Any]) -> str:
+    lines = [f"{summary['rows']} rows in {summary['table']} ({summary['seconds']:.0f} s)"]
+    if summary["interval_median"] is not None:
+        lines.append(
+            f"95 % intervals: half-width {summary['interval_median']:.2%} of the latency (median), "
+            f"{summary['interval_p95']:.2%} (95th percentile)"
+        )
+    canary = summary["canary"] or {}
+    if "spread" in canary:
+        lines.append(
+            f"reference block: spread {canary['spread']:.2%} over {canary['n']:.0f} visits, worst {canary['worst']:.2%}"
+        )
+    for name in ("additivity", "additivity_isolated"):
+        figures = summary.get(name)
+        if figures:
+            context = figures.get("context", "isolated")
+            rank = "" if figures["spearman"] is None else f", Spearman {figures['spearman']:.4f}"
+            lines.append(
+                f"sums of blocks ({context}) against {figures['n']} measured networks, nothing fitted: "
+                f"MAPE {figures['mape']:.2%}, bias {figures['bias']:+.2%}{rank}"
+            )
+    for reason, count in summary["failures"].items():
+        lines.append(f"{count} failed: {reason}")
+    if summary["missing"]:
+        lines.append(
+            f"{summary['missing']} of {summary['wanted']} rows not measured yet: run the same command to go on"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""What latbench raises. The command line turns each into one line and its exit status; anything else is a bug and keeps
+its traceback.
+
+LatbenchError                      exit 1: usage or user error
+├── GraphError                     operators that do not fit together
+├── UsageError                     a value that is malformed, unknown or contradictory
+├── ModelError                     a model file that cannot be read, or cannot be measured as it is
+├── TableError                     a table that cannot be read or written
+│   ├── SchemaMismatchError        written by another schema
+│   ├── ProvenanceConflictError    tables whose conditions differ
+│   ├── TableBusyError             another run is writing it
+│   └── MissingEntryError          no row for this block (also a KeyError)
+├── MeasurementError               a worker could not measure (turned into a row where one is being made)
+└── EnvironmentUnfitError          exit 4: no such device or back-end here
+    ├── BackendUnavailableError    the runtime is missing or cannot run
+    └── DeviceUnavailableError     the device asked for is not in this machine
+"""
+
+from __future__ import annotations
+
+
+class LatbenchError(Exception):
+    """Says what is wrong, where, and what to do, in one line."""
+
+    exit_status = 1
+
+
+class GraphError(LatbenchError):
+    """Operators that do not fit together."""
+
+
+class UsageError(LatbenchError):
+    """A value that is malformed, unknown or contradictory."""
+
+
+class ModelError(LatbenchError):
+    """A model file that cannot be read, or cannot be measured as it is."""
+
+
+class TableError(LatbenchError):
+    """A table that cannot be read or written."""
+
+
+class SchemaMismatchError(TableError):
+    """A file written by another schema, or by something else."""
+
+
+class ProvenanceConflictError(TableError):
+    """Tables measured under different conditions; names the fields that differ."""
+
+
+class TableBusyError(TableError):
+    """Another run holds the table's lock."""
+
+
+class MissingEntryError(TableError, KeyError):
+    """No row for a block: names its signature, the nearest entry and the command that would measure it."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class MeasurementError(LatbenchError):
+    """A runtime refused or failed; carries the runtime's own words."""
+
+
+class EnvironmentUnfitError(LatbenchError):
+    """This machine lacks what was asked for."""
+
+    exit_status = 4
+
+
+class BackendUnavailableError(EnvironmentUnfitError):
+    """The runtime is not installed or cannot run here; says the command that would mend it."""
+
+
+class DeviceUnavailableError(EnvironmentUnfitError):
+    """The device asked for is not in this machine."""

@@ -1,0 +1,1 @@
+"""Measuring: plan, worker, launcher."""

@@ -1,0 +1,232 @@
+"""The local launcher: one worker at a time, spawned, on its own pipe, under limits per stage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from latbench.errors import MeasurementError
+from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
+
+# What a worker may see of the environment: the rest (OMP_*, KMP_*, MKL_*, LD_PRELOAD, ...) can move a number unseen.
+ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
+AHEAD = 2  # requests in the pipe: the worker never waits for the parent's bookkeeping
+START_LIMIT_S = 60.0
+
+
+def cpus_for(threads: int) -> tuple[int, ...]:
+    """The CPUs that a worker of `threads` threads is pinned to: the last ones, as interrupts mostly go to the first.
+
+    Empty where the system knows no affinity, or has fewer CPUs than threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    allowed = sorted(os.sched_getaffinity(0))
+    return tuple(allowed[-threads:]) if threads <= len(allowed) else ()
+
+
+class LocalLauncher:
+    """Measures in worker processes on this machine: a fresh one for every `run`, one at a time.
+
+    A worker that dies is replaced and its request tried once more, then recorded as an error; one that passes the
+    limit of its stage is killed with its whole process group, and recorded as a time-out. Use as a context manager:
+    leaving it kills the worker, whatever happened.
+    """
+
+    def __init__(self, setup: WorkerSetup, *, python: str = sys.executable) -> None:
+        self.setup, self.python = setup, python
+        self.conditions: dict[str, Any] = {}  # as the latest worker reported them
+        self._worker: _Worker | None = None
+
+    def __enter__(self) -> LocalLauncher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop()
+
+    def start(self) -> dict[str, Any]:
+        """Starts a worker where there is none; gives its conditions. Raises MeasurementError where it cannot start."""
+        if self._worker is None:
+            self._worker = _Worker(self.setup, self.python)
+            try:
+                self.conditions = self._worker.wait_ready()
+            except BaseException:
+                self._stop()
+                raise
+        return self.conditions
+
+    def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
+        """One Measurement per Request, in order."""
+        source = iter(requests)
+        pending: deque[Request] = deque()
+        run: int | None = None
+        ahead: Request | None = next(source, None)
+        while pending or ahead is not None:
+            while ahead is not None and len(pending) < AHEAD and (not pending or ahead.run == run):
+                if ahead.run != run:
+                    self._stop()
+                    run = ahead.run
+                self.start()
+                self._send(ahead)
+                pending.append(ahead)
+                ahead = next(source, None)
+            result = self._answer(pending[0])
+            if result is None:  # the worker died: once more, in a new one
+                self._resend(pending)
+                result = self._answer(pending[0]) or self._death(pending[0])
+            pending.popleft()
+            if self._worker is None:
+                self._resend(pending)
+            yield result
+        self._stop()
+
+    def layers(self, artifact: Path, plan: SamplingPlan) -> list[dict[str, Any]] | None:
+        """Per-layer times of a model, in a worker of its own; None where the runtime has no profiler."""
+        self._stop()
+        self.start()
+        assert self._worker is not None
+        request = Request("layers", str(artifact), 0, 0, plan)
+        self._worker.send({"command": "layers", **asdict(request)})
+        message = self._worker.receive(plan.measure_limit_s)
+        self._stop()
+        if message is None or "layers" not in message:
+            raise MeasurementError("the per-layer pass ended without an answer")
+        layers: list[dict[str, Any]] | None = message["layers"]
+        return layers
+
+    def _send(self, request: Request) -> None:
+        assert self._worker is not None
+        self._worker.send({"command": "measure", **asdict(request)})
+
+    def _resend(self, pending: Iterable[Request]) -> None:
+        for request in pending:
+            self.start()
+            self._send(request)
+
+    def _answer(self, request: Request) -> Measurement | None:
+        """The measurement of the oldest request; None when the worker died, and then there is no worker any more."""
+        assert self._worker is not None
+        plan = request.plan
+        limits = {"load": plan.load_limit_s, "warmup": plan.warmup_limit_s, "measure": plan.measure_limit_s}
+        self._stage, limit = "load", plan.load_limit_s
+        while True:
+            try:
+                message = self._worker.receive(limit)
+            except TimeoutError:
+                self._stop()
+                return _failed(request, "timeout", self._stage, f"no answer within {limit:g} s; the worker was killed")
+            if message is None:
+                self._last_words = self._worker.last_words()
+                self._stop()
+                return None
+            if "stage" in message:
+                self._stage = message["stage"]
+                limit = limits[self._stage]
+            else:
+                return Measurement.from_dict(message["measurement"])
+
+    def _death(self, request: Request) -> Measurement:
+        return _failed(request, "error", self._stage, f"the worker died twice ({self._last_words})")
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
+def _failed(request: Request, status: Literal["error", "timeout"], stage: str, error: str) -> Measurement:
+    return Measurement(
+        request.key, request.run, request.round, request.order, status, started_at=time.time(), stage=stage, error=error
+    )
+
+
+class _Worker:
+    """One worker process and its pipe."""
+
+    def __init__(self, setup: WorkerSetup, python: str) -> None:
+        to_read, self._write = os.pipe()
+        self._read, to_write = os.pipe()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
+        environment = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
+        # one source of threads is the runtime, set by its options; numpy's own pools stay out of the way
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        root = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [python, "-m", "latbench.measure.worker", str(to_read), str(to_write)],
+            pass_fds=(to_read, to_write),
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            env=environment,
+            start_new_session=True,  # its own process group to kill, its own autogroup to prefer
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self._buffer = b""
+        self.send(asdict(setup))
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed where its answer is read
+            os.write(self._write, (json.dumps(message) + "\n").encode())
+
+    def receive(self, limit_s: float) -> dict[str, Any] | None:
+        """The next message; None when the worker is gone. Raises TimeoutError past the limit."""
+        deadline = time.monotonic() + limit_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            chunk = os.read(self._read, 1 << 20)
+            if not chunk:
+                return None
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def wait_ready(self) -> dict[str, Any]:
+        try:
+            message = self.receive(START_LIMIT_S)
+        except TimeoutError:
+            raise MeasurementError(f"the worker did not start within {START_LIMIT_S:g} s") from None
+        if message is None:
+            raise MeasurementError(f"the worker did not start: {self.last_words()}")
+        if "failed" in message:
+            raise MeasurementError(f"the worker did not start: {message['failed']}")
+        conditions: dict[str, Any] = message["ready"]
+        return conditions
+
+    def last_words(self) -> str:
+        """How it ended, and the last line that it or its runtime printed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        code = self._process.returncode
+        how = (
+            "still running" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+        )
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"{how}: {lines[-1][:500]}" if lines else how
+
+    def kill(self) -> None:
+        """Kill the process group and close everything; never fails, never waits long."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+        self._stderr.close()

@@ -1,0 +1,236 @@
+"""The worker process: numpy and one runtime, a pipe, nothing else. It loads, warms up, samples, answers.
+
+Started by the launcher as ``python -m latbench.measure.worker READ_FD WRITE_FD``; one JSON line each way:
+a WorkerSetup first, answered by {"ready": ...}; then a Request a line, answered by {"stage": ...} lines as it goes and
+by one {"measurement": ...}. Runs on Python 3.9 and later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latbench.backends.base import Backend, Runner
+from latbench.errors import LatbenchError
+from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
+from latbench.measure.probe import WaitClock, probe_us, timer_cost_ns
+
+Say = Callable[[dict[str, Any]], None]
+
+FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
+SWEEP_BYTES = 64 << 20  # written through between inferences of a cold-cache plan: beyond a last-level cache
+
+
+def main() -> None:
+    read_fd, write_fd = int(sys.argv[1]), int(sys.argv[2])
+    lines = os.fdopen(read_fd, "r", encoding="utf-8")
+    out = os.fdopen(write_fd, "w", encoding="utf-8")
+
+    def say(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    die_with_parent()
+    setup = WorkerSetup(**json.loads(lines.readline()))
+    try:
+        backend, conditions = prepare(setup)
+    except LatbenchError as error:
+        say({"failed": str(error)})
+        return
+    say({"ready": conditions})
+    sampler = Sampler(backend)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for line in lines:
+        raw = json.loads(line)
+        command = raw.pop("command")
+        request = Request(**{**raw, "plan": SamplingPlan(**raw["plan"])})
+        if command == "layers":
+            say({"layers": sampler.layers(request)})
+        else:
+            say({"measurement": sampler.measure(request, say).to_dict()})
+
+
+def prepare(setup: WorkerSetup) -> tuple[Backend, dict[str, Any]]:
+    """The back-end, and what was reached of the conditions asked for."""
+    conditions: dict[str, Any] = {"python": sys.version.split()[0], "pid": os.getpid()}
+    if setup.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, setup.cpus)
+    conditions["priority"] = raise_priority()
+    module, _, name = setup.backend.partition(":")
+    backend: Backend = getattr(importlib.import_module(module), name)(setup.options)
+    if backend.clock == "host":
+        for _ in range(200):  # the clock settles under load; 200 probes are about 6 ms
+            probe_us(1)
+        conditions["clock_probe_us"] = float(np.median([probe_us() for _ in range(50)]))
+    return backend, conditions
+
+
+def die_with_parent() -> None:
+    """Linux: be killed when the parent dies, even in a model that hangs. Elsewhere the closed pipe ends the loop."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+def raise_priority() -> str:
+    """Ask to be preferred over other load; says what was granted.
+
+    `nice` alone does nothing where the kernel groups processes by session (autogroup): the launcher gives the worker a
+    session of its own, and the group's weight is raised here. Both need rights; without them the wait clock still
+    tells what other load did.
+    """
+    granted = []
+    try:
+        Path("/proc/self/autogroup").write_text("-20")
+        granted.append("autogroup")
+    except OSError:
+        pass
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+        granted.append("nice")
+    except OSError:
+        pass
+    return "+".join(granted) or "normal"
+
+
+class Sampler:
+    """Measures one request after another on one back-end."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.wait = WaitClock()
+        self.timer_ns = timer_cost_ns()
+        self.probe: Callable[[], float] = probe_us if backend.clock == "host" else lambda: 0.0
+        self.sweep = np.zeros(0, np.uint8)
+
+    def measure(self, request: Request, say: Say) -> Measurement:
+        """One block of samples; errors of the runtime come back as values."""
+        plan, stage = request.plan, "load"
+        about: dict[str, Any] = {
+            "key": request.key,
+            "run": request.run,
+            "round": request.round,
+            "order": request.order,
+            "clock": self.backend.clock,
+        }
+        say({"stage": stage})
+        try:
+            begin = time.perf_counter()
+            reset_peak_memory()
+            with self.backend.load(Path(request.artifact)) as runner:
+                about["load_ms"] = 1e3 * (time.perf_counter() - begin)
+                say({"stage": (stage := "warmup")})
+                begin = time.perf_counter()
+                about["first_inference_ms"], single_ms = warm_up(runner, plan)
+                about["warmup_ms"] = 1e3 * (time.perf_counter() - begin)
+                say({"stage": (stage := "measure")})
+                about |= self.block(runner, plan, single_ms)
+                about["peak_memory_bytes"] = peak_memory_bytes()
+            return Measurement(**about)
+        except (LatbenchError, RuntimeError, ValueError, MemoryError) as error:
+            words = str(error) or type(error).__name__
+            return Measurement(**about, status="error", stage=stage, error=" ".join(words.split())[:2000])
+
+    def block(self, runner: Runner, plan: SamplingPlan, single_ms: float) -> dict[str, Any]:
+        """Samples for `block_s`, with the clock probe before and after and the time lost to other processes."""
+        cold = plan.cache == "cold"
+        repeat = 1 if cold else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
+        n_blocks = plan.rounds * plan.runs
+        n_min = math.ceil(plan.min_samples / n_blocks)
+        limit_ms = 1e3 * plan.max_time_s / n_blocks
+        samples: list[float] = []
+        spent = 0.0
+        before = self.probe()
+        started_at, waited = time.time(), self.wait.ns()
+        while True:
+            if cold:
+                self.evict()
+            ms = runner.sample(repeat)
+            samples.append(round(ms / repeat, 7))
+            spent += ms
+            if (spent >= 1e3 * plan.block_s and len(samples) >= n_min) or spent >= limit_ms:
+                break
+            if len(samples) * n_blocks >= plan.max_samples:
+                break
+        wait_ms = (self.wait.ns() - waited) / 1e6
+        after = self.probe()
+        warnings = []
+        if wait_ms > FOREIGN_LOAD * spent + 0.02:
+            warnings.append("foreign_load")
+        if repeat == 1 and self.timer_ns / 1e6 > plan.timer_share * 2 * single_ms:
+            warnings.append("near_timer_floor")
+        return {
+            "samples_ms": tuple(samples),
+            "repeat": repeat,
+            "started_at": started_at,
+            "wait_ms": wait_ms,
+            "probe_before_us": before,
+            "probe_after_us": after,
+            "warnings": tuple(warnings),
+        }
+
+    def evict(self) -> None:
+        """Write through more memory than the caches hold."""
+        if not len(self.sweep):
+            self.sweep = np.zeros(SWEEP_BYTES, np.uint8)
+        self.sweep += 1
+
+    def layers(self, request: Request) -> list[dict[str, Any]] | None:
+        with self.backend.load(Path(request.artifact)) as runner:
+            layers = runner.layers()
+        return None if layers is None else [vars(layer) for layer in layers]
+
+
+def warm_up(runner: Runner, plan: SamplingPlan) -> tuple[float, float]:
+    """(first inference, settled inference) in ms: a minimum of time and runs, then until no longer getting faster.
+
+    Never a pause between this and the samples: the clock drops within milliseconds of idling.
+    """
+    first = runner.sample(1)
+    spent, n, previous, repeat = first, 1, math.inf, 1
+    while True:
+        tries = 3 if repeat * min(first, previous) < 0.5 else 1  # long models settle by themselves
+        single = min(runner.sample(repeat) / repeat for _ in range(tries))
+        spent += tries * repeat * single
+        n += tries * repeat
+        settled = single > 0.97 * previous and spent >= 1e3 * plan.warmup_s and n >= plan.warmup_runs
+        if settled or spent >= 1e3 * plan.max_warmup_s:
+            return first, min(single, previous)
+        previous = min(single, previous)
+        repeat = max(1, math.ceil(0.1 / max(single, 1e-6)))  # groups of about 0.1 ms
+
+
+def reset_peak_memory() -> None:
+    """Linux: start the high-water mark of resident memory anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of this process's resident memory since ``reset_peak_memory``; 0 where unknown."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What a table needs measured: the blocks of a space, in context, their stubs, and whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+from latbench.backends.roofline import OPTIONS, kernels
+from latbench.errors import UsageError
+from latbench.graph.context import borders, sandwich, stub
+from latbench.graph.ir import Graph
+from latbench.graph.onnx import to_onnx
+from latbench.graph.passes import fold_structure, random_weights
+from latbench.measure.base import SamplingPlan
+from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
+from latbench.tables import Row
+
+Context = Literal["sandwich", "isolated", "both"]
+Artifact = Literal["onnx", "graph"]
+
+
+class Job(Protocol):
+    """Something to run, and the row that comes of it."""
+
+    @property
+    def row(self) -> Row:
+        """Identity and description; no figures yet."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Key of what runs: what requests and measurements carry."""
+        ...
+
+    @property
+    def expected_ms(self) -> float:
+        """A rough latency, for chunks, budgets and dry runs; never told as a result."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the artifact, roughly."""
+        ...
+
+    def write(self, path: Path, artifact: Artifact, seed: int) -> None:
+        """Writes what the back-end reads."""
+        ...
+
+
+@dataclass(frozen=True)
+class GraphJob:
+    """A graph of ours: in context, batch norms folded."""
+
+    graph: Graph
+    row: Row
+
+    @property
+    def key(self) -> str:
+        return self.graph.key
+
+    @cached_property
+    def expected_ms(self) -> float:
+        """By the roofline of one CPU thread."""
+        return sum(layer.ms for layer in kernels(self.graph, {k: float(v) for k, v in OPTIONS.items()}))
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.graph.n_params
+
+    def write(self, path: Path, artifact: Artifact, seed: int) -> None:
+        """An ONNX file with random weights, or the graph as JSON."""
+        if artifact == "graph":
+            path.write_text(self.graph.to_json())
+        else:
+            path.write_bytes(to_onnx(self.graph, random_weights(self.graph, seed)))
+
+
+@dataclass(frozen=True)
+class OnnxJob:
+    """An ONNX model as it is."""
+
+    data: bytes
+    row: Row
+
+    @property
+    def key(self) -> str:
+        return self.row.key
+
+    @property
+    def expected_ms(self) -> float:
+        """At 50 GMAC/s, a CPU core with wide vectors."""
+        return (self.row.macs or 0) / 50e6
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def write(self, path: Path, artifact: Artifact, seed: int) -> None:
+        """Raises UsageError where the back-end reads graphs only."""
+        if artifact != "onnx":
+            raise UsageError("this back-end computes from latbench graphs, not ONNX files: give SPACE:ARCH")
+        path.write_bytes(self.data)
+
+
+def jobs_of(
+    space: SearchSpace, *, context: Context = "sandwich", networks: Sequence[Arch] = (), fold_bn: bool = True
+) -> list[Job]:
+    """Every distinct block of a factored space in the contexts asked for, the stubs they need, and the networks.
+
+    Two blocks that run as one graph (they differ in what folding removes) stay two jobs with one `key`.
+    """
+    jobs: list[Job] = list(_blocks(space, context, fold_bn)) if isinstance(space, FactoredSpace) else []
+    jobs += [_network(space, arch, fold_bn) for arch in dict.fromkeys(networks)]
+    if not jobs:
+        raise UsageError(f"{space.name} has no blocks that can be measured apart: ask for networks (--networks N)")
+    return jobs
+
+
+def _blocks(space: FactoredSpace, context: Context, fold_bn: bool) -> Iterator[GraphJob]:
+    contexts = ("sandwich", "isolated") if context == "both" else (context,)
+    first, last = space.sites[0], space.sites[-1]
+    seen: set[str] = set()
+    stubs: dict[str, Graph] = {}
+    for site, _, block in space.slots():
+        if block.key in seen:
+            continue
+        seen.add(block.key)
+        edges = {"first": site == first, "last": site == last}
+        for where in contexts:
+            around = [stub(shape, block.dtype) for shape in borders(block, **edges)] if where == "sandwich" else []
+            stubs |= {s.key: s for s in around}
+            yield GraphJob(
+                _fold(sandwich(block, **edges) if where == "sandwich" else block, fold_bn),
+                Row(
+                    key=block.key,
+                    kind="block",
+                    context="sandwich" if where == "sandwich" else "isolated",
+                    signature=block.signature,
+                    space=space.name,
+                    site=site.name,
+                    block_type=site.block_type,
+                    macs=block.macs,
+                    n_params=block.n_params,
+                    stubs=tuple(s.key for s in around),
+                ),
+            )
+    for key, graph in stubs.items():
+        row = Row(key=key, kind="stub", signature=graph.signature, space=space.name, block_type="stub", macs=graph.macs)
+        yield GraphJob(graph, row)
+
+
+def _network(space: SearchSpace, arch: Arch, fold_bn: bool) -> GraphJob:
+    graph = space.network(arch)
+    row = Row(
+        key=graph.key,
+        kind="network",
+        signature=graph.signature,
+        space=space.name,
+        block_type="network",
+        arch=arch,
+        macs=graph.macs,
+        n_params=graph.n_params,
+    )
+    return GraphJob(_fold(graph, fold_bn), row)
+
+
+def _fold(graph: Graph, fold_bn: bool) -> Graph:
+    return fold_structure(graph) if fold_bn else graph
+
+
+def estimate_s(job: Job, plan: SamplingPlan) -> float:
+    """Seconds that a job will take: for chunks, budgets and dry runs."""
+    latency_s = job.expected_ms / 1e3
+    n_blocks = plan.runs * plan.rounds
+    sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // n_blocks))
+    session_s = 0.0012 + 5e-10 * job.nbytes  # seen with ONNX Runtime: loading, clock probes, pipe
+    return n_blocks * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
+
+
+def chunks(jobs: Sequence[Job], plan: SamplingPlan, limit_s: float, limit_bytes: int = 1 << 30) -> list[list[Job]]:
+    """Jobs in parts of about `limit_s` of measuring, each with the stubs that its blocks need."""
+    by_stub = {job.row.key: job for job in jobs if job.row.kind == "stub"}
+    done: set[str] = set()
+    parts: list[list[Job]] = []
+    room_s = room_bytes = 0.0
+    for job in jobs:
+        for one in (*(by_stub[key] for key in job.row.stubs if key in by_stub), job):
+            if one.row.kind == "stub":
+                if one.row.key in done:
+                    continue
+                done.add(one.row.key)
+            if room_s <= 0 or room_bytes <= 0:
+                parts.append([])
+                room_s, room_bytes = limit_s, float(limit_bytes)
+            parts[-1].append(one)
+            room_s -= estimate_s(one, plan)
+            room_bytes -= one.nbytes
+    return parts

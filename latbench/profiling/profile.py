@@ -1,0 +1,261 @@
+"""``profile``: a space, a device and a plan -> a latency table on disk, resumable at any moment."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from latbench import __version__, host, plugins
+from latbench.backends.base import Backend, Scalar
+from latbench.errors import ProvenanceConflictError, UsageError
+from latbench.measure.base import Measurement, SamplingPlan, WorkerSetup
+from latbench.measure.launcher import LocalLauncher, cpus_for
+from latbench.profiling.additivity import additivity
+from latbench.profiling.jobs import Context, Job, estimate_s, jobs_of
+from latbench.profiling.rows import finish, increment
+from latbench.profiling.session import CANARY, Reporter, Session
+from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
+from latbench.spool import Spool
+from latbench.tables import LatencyTable, Provenance, Row
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how to measure: the device, the back-end with its options, the plan."""
+
+    device: str  # name of the device profile
+    device_name: str  # as the driver or the CPU says it
+    backend: str  # name of the plug-in
+    options: Mapping[str, Scalar]  # of the back-end; `threads` also sets the worker's affinity
+    plan: SamplingPlan
+    context: Context = "sandwich"
+    fold_bn: bool = True
+
+    @property
+    def backend_class(self) -> type[Backend]:
+        """Raises BackendUnavailableError where it cannot run here, UsageError where there is none of that name."""
+        backend: type[Backend] = plugins.load("latbench.backends", self.backend)
+        backend.available()
+        return backend
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its times are computed, not measured."""
+        return self.backend_class.clock == "model"
+
+    def launcher(self) -> LocalLauncher:
+        cpus = () if self.simulated else cpus_for(int(self.options.get("threads", 1)))
+        spec = plugins.spec("latbench.backends", self.backend)
+        return LocalLauncher(WorkerSetup(spec, dict(self.options), cpus))
+
+    def provenance(self, space: SearchSpace | None, conditions: Mapping[str, Any]) -> Provenance:
+        """What a table measured so says of itself. `conditions` are the worker's own words."""
+        here = host.read()
+        environment = {
+            "cpu_model": here.cpu_model,
+            "cpus": here.cpus,
+            "kernel": here.kernel,
+            "hypervisor": here.hypervisor or "none",
+            "governors": list(here.governors),
+            "turbo": "unknown" if here.turbo is None else here.turbo,
+            "memory_gib": round((here.memory_bytes or 0) / 2**30),
+            "worker_cpus": list(cpus_for(int(self.options.get("threads", 1)))),
+            "worker_priority": conditions.get("priority", ""),
+        }
+        probe = conditions.get("clock_probe_us")
+        return Provenance(
+            device=self.device,
+            device_name=self.device_name,
+            backend=self.backend,
+            versions={
+                "latbench": __version__,
+                "onnx": metadata.version("onnx"),
+                "python": str(conditions.get("python", platform.python_version())),
+                **self.backend_class.versions(),
+            },
+            space=space.name if space else "",
+            settings=space.settings() if space else {},
+            options=dict(self.options),
+            policy={**asdict(self.plan), "context": self.context, "fold_bn": self.fold_bn},
+            environment={} if self.simulated else environment,
+            clock_ref_us=None if probe is None else float(probe),
+            seed=self.plan.seed,
+            command=shlex.join(["latbench", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "latbench" else "",
+            commit=_commit(),
+            started_at=_now(),
+            host=platform.node(),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a profile run came to."""
+
+    table: LatencyTable
+    path: Path
+    n_wanted: int  # rows that the command asks for
+    n_missing: int  # of them not measured for want of time: the same command goes on
+    seconds: float
+
+
+def wanted(space: SearchSpace, target: Target, networks: int = 0, only: str | None = None) -> list[Job]:
+    """The jobs of a profile command. `only`: the row of this key and the stubs it needs. Raises UsageError."""
+    rng = np.random.default_rng(target.plan.seed)
+    archs: list[Arch] = []
+    while len(archs) < min(networks, space.size):
+        arch = space.sample(rng)
+        if arch not in archs:
+            archs.append(arch)
+    jobs = jobs_of(space, context=target.context, networks=archs, fold_bn=target.fold_bn)
+    if only is None:
+        return jobs
+    chosen = [job for job in jobs if job.row.key.startswith(only)]
+    if not chosen:
+        raise UsageError(f"{space.name} has no block with key {only} at these settings (keys: latbench show TABLE)")
+    needed = {key for job in chosen for key in job.row.stubs}
+    return [job for job in jobs if job in chosen or (job.row.kind == "stub" and job.row.key in needed)]
+
+
+def duration_s(jobs: Sequence[Job], plan: SamplingPlan) -> float:
+    """Estimated seconds of measuring, by a roofline: for dry runs."""
+    return sum(estimate_s(job, plan) for job in {job.key: job for job in jobs}.values())
+
+
+def profile(
+    space: SearchSpace,
+    target: Target,
+    out: Path,
+    *,
+    networks: int = 0,
+    only: str | None = None,
+    budget_s: float = float("inf"),
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Measures what `out` does not hold yet and writes it there, atomically.
+
+    Every measurement is kept in ``<out>.partial.jsonl`` as it comes, so a killed run loses one at most, and the same
+    command goes on from there. Raises TableBusyError, ProvenanceConflictError, BackendUnavailableError, TableError.
+    """
+    begin = time.monotonic()
+    jobs = wanted(space, target, networks, only)
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent} is no directory: make it, or choose another -o")
+    with target.launcher() as launcher:
+        provenance = target.provenance(space, launcher.start())
+        header = {name: value for name, value in provenance.to_dict().items() if name in _HEADER}
+        with Spool(out, header) as spool:
+            held = _held(out, provenance)
+            provenance = replace(provenance, clock_ref_us=_clock_ref(held, spool, provenance))
+            if not spool.records:
+                spool.append({"clock_ref_us": provenance.clock_ref_us})
+            have = {_identity(row): row for row in (held.rows() if held else ()) if row.status == "ok"}
+            todo = [job for job in jobs if _identity(job.row) not in have]
+            session = Session(
+                launcher,
+                target.plan,
+                target.backend_class.artifact,
+                provenance.clock_ref_us,
+                record=lambda measurement: spool.append(measurement.to_dict()),
+                reporter=reporter,
+                deadline=begin + budget_s,
+            )
+            session.restore(Measurement.from_dict(r) for r in spool.records if "key" in r)
+            session.measure(todo)
+            table = _assemble(space, target, session, todo, held, have, provenance)
+            table.write(out)
+            finished = {row.key for row in table.rows()}
+            if all(session.complete(key) for key in session.progress if key != CANARY.key):
+                spool.remove()
+    n_missing = sum(job.row.key not in finished for job in todo)
+    return Outcome(table, out, len(jobs), n_missing, time.monotonic() - begin)
+
+
+_HEADER = ("device_name", "backend", "versions", "environment", "options", "policy", "space", "settings")
+
+
+def _held(out: Path, provenance: Provenance) -> LatencyTable | None:
+    """The table that is there already. Raises ProvenanceConflictError where it was made under other conditions."""
+    if not out.exists():
+        return None
+    held = LatencyTable.read(out)
+    conflicts = held.provenance.conflicts(provenance)
+    if conflicts:
+        raise ProvenanceConflictError(
+            f"{out} was measured under other conditions (there / now): {'; '.join(conflicts)}; choose another -o"
+        )
+    return held
+
+
+def _clock_ref(held: LatencyTable | None, spool: Spool, provenance: Provenance) -> float | None:
+    """The reference clock: the table's, else the interrupted run's, else what the worker has just seen."""
+    if held is not None:
+        return held.provenance.clock_ref_us
+    for record in spool.records:
+        if "clock_ref_us" in record:
+            value: float | None = record["clock_ref_us"]
+            return value
+    return provenance.clock_ref_us
+
+
+def _assemble(
+    space: SearchSpace,
+    target: Target,
+    session: Session,
+    jobs: Sequence[Job],
+    held: LatencyTable | None,
+    have: Mapping[tuple[str, str, str], Row],
+    provenance: Provenance,
+) -> LatencyTable:
+    origin: Literal["simulated", "measured"] = "simulated" if target.simulated else "measured"
+    gross = [finish(job.row, session.progress[job.key], origin=origin) for job in jobs if session.complete(job.key)]
+    stubs = {row.key: row for row in (*have.values(), *gross) if row.kind == "stub"}
+    rows = [increment(row, stubs) for row in gross]
+    provenance = replace(provenance, finished_at=_now())
+    notes: dict[str, Any] = {"canary": session.canary_notes()} if target.plan.canary_every else {}
+    table = LatencyTable.from_rows(rows, provenance, notes)
+    if held is not None:
+        table = held.merge(table)
+    if isinstance(space, FactoredSpace):
+        contexts = ("sandwich", "isolated") if target.context == "both" else (target.context,)
+        found = {context: additivity(table, space, context) for context in contexts}
+        told = {context: figures for context, figures in found.items() if figures is not None}
+        if told:
+            main = next(iter(told))
+            table = replace(table, notes={**table.notes, "additivity": {"context": main, **told[main]}})
+            if len(told) > 1:
+                table = replace(table, notes={**table.notes, "additivity_isolated": told["isolated"]})
+    return table
+
+
+def _identity(row: Row) -> tuple[str, str, str]:
+    return row.key, row.kind, row.context
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _commit() -> str:
+    """Commit of the latbench that runs, "+dirty" where its files differ from it; "" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""

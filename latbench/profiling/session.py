@@ -1,0 +1,184 @@
+"""One session of measuring: chunks of jobs, shuffled and interleaved, with a canary, until each meets the plan."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+from latbench.graph.ir import GraphBuilder
+from latbench.graph.ops import Conv2d, ReLU
+from latbench.measure.base import Launcher, Measurement, Request, SamplingPlan
+from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s
+from latbench.profiling.rows import Progress
+from latbench.tables import Row
+
+CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
+EXTRA_PHASES = 3  # more worker processes that a row may see when the plan is not met by the first ones
+
+
+class SessionLauncher(Launcher, Protocol):
+    """A launcher that says under which conditions its workers run."""
+
+    @property
+    def conditions(self) -> Mapping[str, object]: ...
+
+
+class Reporter(Protocol):
+    """Who wants to know how far a session is."""
+
+    def advance(self, done_s: float, total_s: float, rows: int, n_rows: int) -> None:
+        """Estimated seconds of work done and in all; rows complete and in all."""
+        ...
+
+
+@dataclass
+class Session:
+    """Measures jobs on one launcher. `record` is told every measurement before it counts (the spool)."""
+
+    launcher: SessionLauncher
+    plan: SamplingPlan
+    artifact: Artifact
+    clock_ref_us: float | None
+    record: Callable[[Measurement], None] = lambda measurement: None
+    reporter: Reporter | None = None
+    deadline: float = float("inf")  # time.monotonic()
+    progress: dict[str, Progress] = field(default_factory=dict)  # by key of the graph that runs
+    canary_ms: list[tuple[int, float]] = field(default_factory=list)  # (order, at the reference clock)
+    order: int = 0
+    finished: set[str] = field(default_factory=set)  # keys whose row is final
+
+    def restore(self, measurements: Iterable[Measurement]) -> None:
+        """Takes what an earlier, interrupted session measured."""
+        for measurement in measurements:
+            self._take(measurement)
+            self.order = max(self.order, measurement.order + 1)
+
+    def measure(self, jobs: Sequence[Job]) -> bool:
+        """Measures `jobs`, each distinct graph once. False where the deadline came first: some have no progress."""
+        distinct = list({job.key: job for job in jobs}.values())
+        random.Random(self.plan.seed).shuffle(distinct)
+        todo = [job for job in distinct if not self.complete(job.key)]
+        total_s = sum(estimate_s(job, self.plan) for job in distinct)
+        done_s = before_s = total_s - sum(estimate_s(job, self.plan) for job in todo)
+        begin, pace = time.monotonic(), 1.3  # seconds of wall time per estimated second
+        room_s = min(CHUNK_S, (self.deadline - begin) / 8)
+        for part in chunks(todo, self.plan, room_s):
+            part_s = sum(estimate_s(job, self.plan) for job in part)
+            if time.monotonic() + pace * part_s > self.deadline:
+                return False
+            with tempfile.TemporaryDirectory(prefix="latbench-") as folder:
+                for share in self._measure_part(part, Path(folder)):
+                    if self.reporter is not None:
+                        self.reporter.advance(done_s + share * part_s, total_s, len(self.finished), len(distinct))
+            done_s += part_s
+            pace = (time.monotonic() - begin) / (done_s - before_s)
+        return True
+
+    def _measure_part(self, part: Sequence[Job], folder: Path) -> Iterator[float]:
+        """Measures a chunk to its end; gives the share of it that is done, after every measurement."""
+        paths = {}
+        for job in [*part, CANARY]:
+            paths[job.key] = folder / f"{job.key}.{'json' if self.artifact == 'graph' else 'onnx'}"
+            job.write(paths[job.key], self.artifact, self.plan.seed)
+        n_done, n_requests = 0, len(part) * self.plan.runs * self.plan.rounds
+        for run in range(self.plan.runs + EXTRA_PHASES):
+            first_order = self.order
+            for measurement in self.launcher.measure(self._requests(part, paths, run)):
+                self.record(measurement)
+                self._take(measurement)
+                n_done += 1
+                yield min(1.0, n_done / n_requests)
+            self._flag_drift(first_order, part)
+            if run >= self.plan.runs - 1 and all(self.complete(job.key) for job in part):
+                return
+        for job in part:  # no more tries: what there is becomes the row
+            self.progress[job.key].closed = True
+            self.finished.add(job.key)
+
+    def _requests(self, part: Sequence[Job], paths: Mapping[str, Path], run: int) -> Iterator[Request]:
+        """The requests of one worker process: rounds over the rows that need it, each in an order of its own."""
+        extra = run >= self.plan.runs
+        keys = [job.key for job in part if not (extra and self.complete(job.key))]
+        if not keys:
+            return
+        since_canary = self.plan.canary_every
+        for index in range(self.plan.rounds):
+            random.Random(f"{self.plan.seed}/{run}/{index}/{self.order}").shuffle(keys)
+            for key in keys:
+                progress = self.progress.get(key)
+                if progress and (progress.failure or any((b.run, b.round) == (run, index) for b in progress.blocks)):
+                    continue
+                if self.plan.canary_every and since_canary >= self.plan.canary_every:
+                    yield self._request(CANARY.key, paths, run, index)
+                    since_canary = 0
+                since_canary += 1
+                yield self._request(key, paths, run, index)
+        if self.plan.canary_every:
+            yield self._request(CANARY.key, paths, run, self.plan.rounds)
+
+    def _request(self, key: str, paths: Mapping[str, Path], run: int, index: int) -> Request:
+        self.order += 1
+        return Request(key, str(paths[key]), run, index, self.plan, self.order - 1)
+
+    def _take(self, measurement: Measurement) -> None:
+        progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))
+        progress.add(measurement)
+        if measurement.key != CANARY.key:
+            self._settle(measurement.key)
+        elif measurement.status == "ok":
+            at_reference = progress.at_reference(measurement)
+            self.canary_ms.append((measurement.order, statistics.median(at_reference)))
+
+    def _settle(self, key: str) -> None:
+        """Keeps `finished` up to date after a row's progress changed."""
+        progress = self.progress[key]
+        if progress.closed or progress.done() or progress.time_s >= self.plan.max_time_s:
+            self.finished.add(key)
+        else:
+            self.finished.discard(key)
+
+    def complete(self, key: str) -> bool:
+        """Whether the row of this graph is final: the plan met, its time spent, or failed."""
+        return key in self.finished
+
+    def _flag_drift(self, first_order: int, part: Sequence[Job]) -> None:
+        """Flags what was measured between two canaries of which one lies off the session's median."""
+        if len(self.canary_ms) < 3:
+            return
+        centre = statistics.median(ms for _, ms in self.canary_ms)
+        recent = [(order, ms) for order, ms in self.canary_ms if order >= first_order]
+        for (start, before), (end, after) in pairwise(recent):
+            if min(abs(before / centre - 1), abs(after / centre - 1)) > self.plan.canary_drift:
+                for job in part:
+                    if job.key in self.progress:
+                        self.progress[job.key].flag(range(start, end + 1), "drift")
+                        self._settle(job.key)
+
+    def canary_notes(self) -> dict[str, float]:
+        """How steady the reference block was: relative spread (5-95 %) and worst deviation from its median."""
+        if len(self.canary_ms) < 3:
+            return {"n": float(len(self.canary_ms))}
+        values = sorted(ms for _, ms in self.canary_ms)
+        centre = statistics.median(values)
+        low, high = values[int(0.05 * (len(values) - 1))], values[round(0.95 * (len(values) - 1))]
+        worst = max(abs(v / centre - 1) for v in values)
+        return {"n": float(len(values)), "median_ms": centre, "spread": (high - low) / centre, "worst": worst}
+
+
+def _canary() -> GraphJob:
+    """A 3x3 convolution of 32 channels at 28x28: compute-bound, about 0.1 ms on a CPU core."""
+    b = GraphBuilder()
+    x = b.input("x", (1, 32, 28, 28))
+    x = b.add(Conv2d(32, 32, 3, padding=1, bias=True), x, name="conv")
+    graph = b.build(b.add(ReLU(), x, name="relu"))
+    return GraphJob(graph, Row(key=graph.key, kind="stub", signature=graph.signature, block_type="canary"))
+
+
+CANARY = _canary()

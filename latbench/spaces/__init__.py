@@ -1,0 +1,1 @@
+"""Search spaces: decisions, sites and the networks that they mean."""
