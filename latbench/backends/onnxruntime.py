@@ -57,6 +57,9 @@ class OnnxRuntimeBackend:
         self.options = {**OPTIONS, **options}
         if self.options["optimisation"] not in LEVELS:
             raise UsageError(f"optimisation {self.options['optimisation']!r}: one of {', '.join(LEVELS)}")
+        threads = self.options["threads"]
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+            raise UsageError(f"onnxruntime: threads must be a whole number from 1, got {threads!r}")
         self.available()
         import onnxruntime
 

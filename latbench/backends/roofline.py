@@ -40,7 +40,11 @@ class RooflineBackend:
         unknown = set(options) - set(OPTIONS)
         if unknown:
             raise UsageError(f"roofline has no option {sorted(unknown)[0]!r} (it has: {', '.join(OPTIONS)})")
-        self.options = {k: float(v) for k, v in {**OPTIONS, **options}.items()}
+        self.options: dict[str, float] = {}
+        for name, value in {**OPTIONS, **options}.items():
+            if isinstance(value, (str, bool)) or not 0 < value < math.inf:
+                raise UsageError(f"roofline: {name} must be a number above zero, got {value!r}")
+            self.options[name] = float(value)
 
     @classmethod
     def available(cls) -> None:

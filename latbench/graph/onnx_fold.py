@@ -6,6 +6,7 @@ bias of the linear layer that makes x.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -68,7 +69,8 @@ class _Editor:
         self.producers: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output if name}
         self.outputs = {o.name for o in model.graph.output}
         self.reads = self._count_reads()
-        self._inputs = {i.name for i in model.graph.input}
+        self._taken = {*self.initializers, *(i.name for i in model.graph.input)}
+        self._taken.update(name for node in walk(model.graph) for name in node.output)
         self._removed: set[int] = set()
         # Only a MatMul's rank is not plain from its weight; read before the first edit.
         needed = {"MatMul", "BatchNormalization"} <= {node.op_type for node in self.nodes}
@@ -104,8 +106,9 @@ class _Editor:
 
     def add_constant(self, value: NDArray[np.generic], name: str) -> str:
         """Stores a new initializer under `name`, or under `name` and a number where that is taken."""
-        taken = {*self.initializers, *self.producers, *self._inputs}
-        fresh = next(n for n in (name, *(f"{name}_{i}" for i in range(len(taken)))) if n not in taken)
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        fresh = next(candidate for candidate in candidates if candidate not in self._taken)
+        self._taken.add(fresh)
         self.initializers[fresh] = numpy_helper.from_array(value, fresh)
         return fresh
 

@@ -64,7 +64,7 @@ def from_bytes(
     """As `load`, from a serialised model; `source` names it in errors, `folder` holds its external data, if any."""
     model = _parse(data, source)
     _embed_external_data(model, source, folder)
-    _check_tensors(model, source)
+    _check_types(model, source)
     model = _inline_functions(model, source)
     _check_operators(model, source)
     _check(model, source)
@@ -186,19 +186,23 @@ def _inline_functions(model: ModelProto, source: str) -> ModelProto:
 # ── checking ─────────────────────────────────────────────────────────────────
 
 
-def _check_tensors(model: ModelProto, source: str) -> None:
+def _check_types(model: ModelProto, source: str) -> None:
     """Every weight's type is known and its data has the size of its shape; inputs and outputs have known types."""
     for tensor in _tensors(model):
-        try:
-            if min(tensor.dims, default=0) < 0:
-                raise ValueError("a negative dimension")
-            numpy_helper.to_array(tensor)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{source}: weight {tensor.name!r} is malformed: {_one_line(error)}") from None
+        _check_tensor(tensor, source)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         elem_type = value.type.tensor_type.elem_type
         if elem_type not in TensorProto.DataType.values():
             raise ModelError(f"{source}: value {value.name!r} has the unknown type {elem_type}")
+
+
+def _check_tensor(tensor: TensorProto, source: str) -> None:
+    if min(tensor.dims, default=0) < 0:
+        raise ModelError(f"{source}: weight {tensor.name!r} has a negative dimension")
+    try:
+        numpy_helper.to_array(tensor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{source}: weight {tensor.name!r} is malformed: {_one_line(error)}") from None
 
 
 def _check_operators(model: ModelProto, source: str) -> None:

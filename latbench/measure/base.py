@@ -6,7 +6,7 @@ Light on purpose: both sides import it, and the worker's interpreter may be Pyth
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from latbench.backends.base import Scalar
@@ -70,6 +70,10 @@ class Request:
     plan: SamplingPlan
     order: int = 0  # position in the session
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**vars(self), "plan": vars(self.plan)}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -97,7 +101,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Measurement:

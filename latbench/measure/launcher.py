@@ -99,17 +99,21 @@ class LocalLauncher:
         self.start()
         assert self._worker is not None
         request = Request("layers", str(artifact), 0, 0, plan)
-        self._worker.send({"command": "layers", **asdict(request)})
-        message = self._worker.receive(plan.measure_limit_s)
-        self._stop()
-        if message is None or "layers" not in message:
-            raise MeasurementError("the per-layer pass ended without an answer")
+        try:
+            self._worker.send({"command": "layers", **request.to_dict()})
+            message = self._worker.receive(plan.measure_limit_s)
+            if message is None:
+                raise MeasurementError(f"the worker of the per-layer pass died ({self._worker.last_words()})")
+        except TimeoutError:
+            raise MeasurementError(f"the per-layer pass did not end within {plan.measure_limit_s:g} s") from None
+        finally:
+            self._stop()
         layers: list[dict[str, Any]] | None = message["layers"]
         return layers
 
     def _send(self, request: Request) -> None:
         assert self._worker is not None
-        self._worker.send({"command": "measure", **asdict(request)})
+        self._worker.send({"command": "measure", **request.to_dict()})
 
     def _resend(self, pending: Iterable[Request]) -> None:
         for request in pending:
@@ -166,7 +170,7 @@ class _Worker:
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [python, "-m", "latbench.measure.worker", str(to_read), str(to_write)],
+            [python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
             pass_fds=(to_read, to_write),
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
@@ -218,7 +222,9 @@ class _Worker:
         how = (
             "still running" if code is None else f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
         )
-        self._stderr.seek(0)
+        self._stderr.seek(
+            -min(self._stderr.seek(0, os.SEEK_END), 1 << 16), os.SEEK_END
+        )  # it may have printed gigabytes
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return f"{how}: {lines[-1][:500]}" if lines else how
 

@@ -1,6 +1,6 @@
 """The worker process: numpy and one runtime, a pipe, nothing else. It loads, warms up, samples, answers.
 
-Started by the launcher as ``python -m latbench.measure.worker READ_FD WRITE_FD``; one JSON line each way:
+Started by the launcher as ``python -m latbench.measure.worker READ_FD WRITE_FD PARENT_PID``; one JSON line each way:
 a WorkerSetup first, answered by {"ready": ...}; then a Request a line, answered by {"stage": ...} lines as it goes and
 by one {"measurement": ...}. Runs on Python 3.9 and later.
 """
@@ -35,7 +35,7 @@ SWEEP_BYTES = 64 << 20  # written through between inferences of a cold-cache pla
 
 
 def main() -> None:
-    read_fd, write_fd = int(sys.argv[1]), int(sys.argv[2])
+    read_fd, write_fd, parent_pid = map(int, sys.argv[1:4])
     lines = os.fdopen(read_fd, "r", encoding="utf-8")
     out = os.fdopen(write_fd, "w", encoding="utf-8")
 
@@ -43,7 +43,7 @@ def main() -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    die_with_parent()
+    die_with_parent(parent_pid)
     setup = WorkerSetup(**json.loads(lines.readline()))
     try:
         backend, conditions = prepare(setup)
@@ -80,12 +80,12 @@ def prepare(setup: WorkerSetup) -> tuple[Backend, dict[str, Any]]:
     return backend, conditions
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Linux: be killed when the parent dies, even in a model that hangs. Elsewhere the closed pipe ends the loop."""
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == 1:
+        if os.getppid() != parent_pid:  # it died before the call above
             os._exit(1)
 
 
@@ -144,9 +144,11 @@ class Sampler:
                 about |= self.block(runner, plan, single_ms)
                 about["peak_memory_bytes"] = peak_memory_bytes()
             return Measurement(**about)
-        except (LatbenchError, RuntimeError, ValueError, MemoryError) as error:
-            words = str(error) or type(error).__name__
-            return Measurement(**about, status="error", stage=stage, error=" ".join(words.split())[:2000])
+        except LatbenchError as error:
+            words = str(error)
+        except Exception as error:  # runtimes' exceptions share no base class but this one
+            words = f"{type(error).__name__}: {error}"
+        return Measurement(**about, status="error", stage=stage, error=" ".join(words.split())[:2000])
 
     def block(self, runner: Runner, plan: SamplingPlan, single_ms: float) -> dict[str, Any]:
         """Samples for `block_s`, with the clock probe before and after and the time lost to other processes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from latbench.measure.base import SamplingPlan
 from latbench.profiling.jobs import GraphJob, Job, OnnxJob
 from latbench.profiling.profile import Target
 from latbench.profiling.rows import finish
+from latbench.profiling.scratch import scratch
 from latbench.profiling.session import Reporter, Session
 from latbench.spaces.base import SearchSpace
 from latbench.tables import LatencyTable, Row
@@ -142,8 +142,8 @@ def bench(model: Model, target: Target, *, layers: bool = True, reporter: Report
         row = finish(model.job.row, session.progress[model.job.key], origin=origin)
         passed = None
         if layers and row.status == "ok":
-            with tempfile.TemporaryDirectory(prefix="latbench-") as folder:
-                path = Path(folder) / ("model.json" if artifact == "graph" else "model.onnx")
+            with scratch() as folder:
+                path = folder / ("model.json" if artifact == "graph" else "model.onnx")
                 model.job.write(path, artifact, target.plan.seed)
                 passed = launcher.layers(path, target.plan)
     table = LatencyTable.from_rows([row], replace(provenance, finished_at=provenance.started_at))

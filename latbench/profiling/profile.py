@@ -18,7 +18,7 @@ import numpy as np
 
 from latbench import __version__, host, plugins
 from latbench.backends.base import Backend, Scalar
-from latbench.errors import ProvenanceConflictError, UsageError
+from latbench.errors import ProvenanceConflictError, TableError, UsageError
 from latbench.measure.base import Measurement, SamplingPlan, WorkerSetup
 from latbench.measure.launcher import LocalLauncher, cpus_for
 from latbench.profiling.additivity import additivity
@@ -155,7 +155,12 @@ def profile(
         provenance = target.provenance(space, launcher.start())
         header = {name: value for name, value in provenance.to_dict().items() if name in _HEADER}
         with Spool(out, header) as spool:
-            held = _held(out, provenance)
+            try:
+                held = _held(out, provenance)
+            except TableError:
+                if not spool.records:  # nothing to go on from: left behind, it would refuse the next run's options
+                    spool.remove()
+                raise
             provenance = replace(provenance, clock_ref_us=_clock_ref(held, spool, provenance))
             if not spool.records:
                 spool.append({"clock_ref_us": provenance.clock_ref_us})
@@ -174,10 +179,10 @@ def profile(
             session.measure(todo)
             table = _assemble(space, target, session, todo, held, have, provenance)
             table.write(out)
-            finished = {row.key for row in table.rows()}
+            finished = set(zip(*(table.frame[name] for name in ("key", "kind", "context")), strict=True))
             if all(session.complete(key) for key in session.progress if key != CANARY.key):
                 spool.remove()
-    n_missing = sum(job.row.key not in finished for job in todo)
+    n_missing = sum((job.row.key, job.row.kind, job.row.context) not in finished for job in todo)
     return Outcome(table, out, len(jobs), n_missing, time.monotonic() - begin)
 
 

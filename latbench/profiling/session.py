@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ from typing import Protocol
 
 from latbench.graph.ir import GraphBuilder
 from latbench.graph.ops import Conv2d, ReLU
+from latbench.errors import MeasurementError
 from latbench.measure.base import Launcher, Measurement, Request, SamplingPlan
 from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s
 from latbench.profiling.rows import Progress
+from latbench.profiling.scratch import scratch
 from latbench.tables import Row
 
 CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
@@ -59,6 +60,7 @@ class Session:
         for measurement in measurements:
             self._take(measurement)
             self.order = max(self.order, measurement.order + 1)
+        self._flag_drift(0)
 
     def measure(self, jobs: Sequence[Job]) -> bool:
         """Measures `jobs`, each distinct graph once. False where the deadline came first: some have no progress."""
@@ -73,8 +75,8 @@ class Session:
             part_s = sum(estimate_s(job, self.plan) for job in part)
             if time.monotonic() + pace * part_s > self.deadline:
                 return False
-            with tempfile.TemporaryDirectory(prefix="latbench-") as folder:
-                for share in self._measure_part(part, Path(folder)):
+            with scratch() as folder:
+                for share in self._measure_part(part, folder):
                     if self.reporter is not None:
                         self.reporter.advance(done_s + share * part_s, total_s, len(self.finished), len(distinct))
             done_s += part_s
@@ -86,7 +88,13 @@ class Session:
         paths = {}
         for job in [*part, CANARY]:
             paths[job.key] = folder / f"{job.key}.{'json' if self.artifact == 'graph' else 'onnx'}"
-            job.write(paths[job.key], self.artifact, self.plan.seed)
+            try:
+                job.write(paths[job.key], self.artifact, self.plan.seed)
+            except OSError as error:
+                raise MeasurementError(
+                    f"cannot write a model to {folder}: {error.strerror}; make room there, or set TMPDIR to a folder "
+                    "that has some"
+                ) from None
         n_done, n_requests = 0, len(part) * self.plan.runs * self.plan.rounds
         for run in range(self.plan.runs + EXTRA_PHASES):
             first_order = self.order
@@ -95,7 +103,7 @@ class Session:
                 self._take(measurement)
                 n_done += 1
                 yield min(1.0, n_done / n_requests)
-            self._flag_drift(first_order, part)
+            self._flag_drift(first_order)
             if run >= self.plan.runs - 1 and all(self.complete(job.key) for job in part):
                 return
         for job in part:  # no more tries: what there is becomes the row
@@ -148,7 +156,7 @@ class Session:
         """Whether the row of this graph is final: the plan met, its time spent, or failed."""
         return key in self.finished
 
-    def _flag_drift(self, first_order: int, part: Sequence[Job]) -> None:
+    def _flag_drift(self, first_order: int) -> None:
         """Flags what was measured between two canaries of which one lies off the session's median."""
         if len(self.canary_ms) < 3:
             return
@@ -156,10 +164,9 @@ class Session:
         recent = [(order, ms) for order, ms in self.canary_ms if order >= first_order]
         for (start, before), (end, after) in pairwise(recent):
             if min(abs(before / centre - 1), abs(after / centre - 1)) > self.plan.canary_drift:
-                for job in part:
-                    if job.key in self.progress:
-                        self.progress[job.key].flag(range(start, end + 1), "drift")
-                        self._settle(job.key)
+                for key in self.progress.keys() - {CANARY.key}:
+                    self.progress[key].flag(range(start, end + 1), "drift")
+                    self._settle(key)
 
     def canary_notes(self) -> dict[str, float]:
         """How steady the reference block was: relative spread (5-95 %) and worst deviation from its median."""

@@ -25,6 +25,8 @@ Scalar = int | float | str | bool
 Arch = tuple[int, ...]  # one option index per decision
 S = TypeVar("S", bound="SearchSpace")
 
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -138,6 +140,10 @@ class SearchSpace(ABC):
         known = [field.name for field in fields(cls)]
         for unknown in settings.keys() - set(known):
             raise UsageError(f"{cls.name} has no setting {unknown!r}: {', '.join(known)}")
+        for field in fields(cls):
+            kind, value = type(field.default), settings.get(field.name, field.default)
+            if kind in _KINDS and type(value) is not kind and not (kind is float and type(value) is int):
+                raise UsageError(f"{cls.name}: {field.name} must be {_KINDS[kind]}, got {value!r}")
         return cls(**settings)
 
 
