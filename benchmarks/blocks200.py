@@ -21,7 +21,7 @@ def sample_jobs(n: int = 200, seed: int = 0) -> list[GraphJob]:
         ("mobilenet_v1 224", list(MobileNetV1Space().all_blocks().values()), 70),
         ("mobilenet_v1 96", list(MobileNetV1Space(resolution=96).all_blocks().values()), 30),
         ("inverted residual", [_inverted_residual(rng) for _ in range(45)], 45),
-        ("darts", [_darts(rng) for _ in range(30)], 30),
+        ("darts", [_darts(rng) for _ in range(60)], 60),
         ("bottleneck", [_bottleneck(rng) for _ in range(5)], 5),
         ("nasbench201", list(NASBench201Space().all_blocks().values()), 20),
     ]

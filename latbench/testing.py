@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.errors import UsageError
-from latbench.graph.ir import Graph, Weights
-from latbench.graph.ops import Op
+from latbench import plugins
+from latbench.backends.base import Backend, Runner
+from latbench.errors import MeasurementError, UsageError
+from latbench.graph.ir import Graph, GraphBuilder, Weights
+from latbench.graph.ops import AdaptiveAvgPool2d, Add, Conv2d, Flatten, Linear, Op, ReLU
+from latbench.measure.base import Scalar
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 
 MAX_SCOPE = 10_000  # entries of one latency factor
@@ -179,6 +184,94 @@ class FactoredSpaceConformance(SpaceConformance):
         return list(product(*(range(len(self.space.decisions[i].options)) for i in scope)))
 
 
+class BackendConformance:
+    """Laws of every back-end. A subclass names it as registered, and may give its options."""
+
+    backend: str
+    options: Mapping[str, Scalar] = {}  # noqa: RUF012  (never changed)
+    tolerance = 1e-4  # largest difference to ONNX Runtime's outputs, over the largest output
+    gives_outputs = True  # False for a back-end that only computes times
+
+    @property
+    def plugin(self) -> type[Backend]:
+        found: type[Backend] = plugins.load("latbench.backends", self.backend)
+        return found
+
+    def test_it_is_available_and_says_what_it_is(self) -> None:
+        self.plugin.available()
+        assert self.plugin.name == self.backend
+        assert self.plugin.artifact in ("onnx", "graph")
+        assert self.plugin.clock in ("host", "cuda_event", "model")
+
+    def test_versions_are_text(self) -> None:
+        versions = self.plugin.versions()
+        assert versions, "what can move a number is not named"
+        assert all(isinstance(text, str) for pair in versions.items() for text in pair)
+
+    def test_an_unknown_option_is_refused(self) -> None:
+        assert _refused(self.plugin, {**self.options, "no_such_option": 1})
+
+    def test_samples_are_positive_and_grow_with_repeat(self, tmp_path: Path) -> None:
+        with self._loaded(_tiny_network(), tmp_path) as runner:
+            runner.sample(50)
+            one = sorted(runner.sample(1) for _ in range(25))[12]
+            many = sorted(runner.sample(100) for _ in range(5))[2]
+        assert math.isfinite(one) and one > 0
+        assert many > 10 * one, f"100 inferences in {many} ms, one in {one} ms"
+
+    def test_what_cannot_be_loaded_raises_in_words(self, tmp_path: Path) -> None:
+        backend = self.plugin(self.options)
+        for name, data in (("missing", None), ("empty", b""), ("noise", bytes(range(256)))):
+            path = tmp_path / name
+            if data is not None:
+                path.write_bytes(data)
+            try:
+                with backend.load(path):
+                    raise AssertionError(f"a {name} artifact loads")
+            except MeasurementError as error:
+                assert str(error), f"a {name} artifact fails without a word"
+
+    def test_a_model_is_loaded_anew_each_time(self, tmp_path: Path) -> None:
+        for _ in range(3):
+            with self._loaded(_tiny_network(), tmp_path) as runner:
+                assert runner.sample(1) > 0
+
+    def test_layers_are_named_and_not_negative(self, tmp_path: Path) -> None:
+        with self._loaded(_tiny_network(), tmp_path) as runner:
+            layers = runner.layers()
+        assert layers is None or layers, "a profile without layers"
+        assert all(layer.name and layer.op and layer.ms >= 0 for layer in layers or ())
+
+    def test_outputs_are_those_of_the_graph(self, tmp_path: Path) -> None:
+        import pytest
+
+        if not self.gives_outputs:
+            pytest.skip(f"{self.backend} computes times, not outputs")
+        from latbench.graph.passes import random_weights
+
+        graph = _tiny_network()
+        x = np.random.default_rng(1).standard_normal(graph.inputs[0][1], dtype=np.float32)
+        want = _run_onnx(graph, random_weights(graph, 0), x)
+        with self._loaded(graph, tmp_path) as runner:
+            for _ in range(2):
+                (got,) = runner.outputs({graph.inputs[0][0]: x}).values()
+                assert np.abs(got - want).max() <= self.tolerance * np.abs(want).max()
+                runner.sample(3)  # timing changes no result
+
+    @contextmanager
+    def _loaded(self, graph: Graph, folder: Path) -> Iterator[Runner]:
+        from latbench.graph.onnx import to_onnx
+        from latbench.graph.passes import random_weights
+
+        path = folder / f"{graph.key}.artifact"
+        if self.plugin.artifact == "graph":
+            path.write_text(graph.to_json())
+        else:
+            path.write_bytes(to_onnx(graph, random_weights(graph, 0)))
+        with self.plugin(self.options).load(path) as runner:
+            yield runner
+
+
 def _refused(call: Callable[..., object], *args: object) -> bool:
     try:
         call(*args)
@@ -207,3 +300,13 @@ def _run_onnx(graph: Graph, weights: Weights, x: NDArray[np.float32]) -> NDArray
     session = onnxruntime.InferenceSession(to_onnx(graph, weights), options, ["CPUExecutionProvider"])
     (output,) = session.run(None, {graph.inputs[0][0]: x})
     return np.asarray(output, np.float32)
+
+
+def _tiny_network() -> Graph:
+    """A convolution, a branch and its sum, a pooled classifier."""
+    b = GraphBuilder()
+    x = b.input("x", (2, 3, 16, 16))
+    x = b.add(Conv2d(3, 16, 3, stride=2, padding=1, bias=True), x, name="stem")
+    y = b.add(ReLU(), b.add(Conv2d(16, 16, 3, padding=1, groups=16, bias=True), x, name="depthwise"), name="relu")
+    x = b.add(Flatten(), b.add(AdaptiveAvgPool2d(), b.add(Add(), x, y, name="sum"), name="pool"), name="flat")
+    return b.build(b.add(Linear(16, 10), x, name="fc"))

@@ -82,7 +82,8 @@ def aligned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     room = np.empty(n * kind.itemsize + 4096, np.uint8)
     start = -room.ctypes.data % 4096
     array: NDArray[Any] = room[start : start + n * kind.itemsize].view(kind)
-    noise = (_NOISE if kind.kind == "f" else np.abs(_NOISE * 4) % (2 if kind.kind == "b" else 8)).astype(kind)
+    whole_numbers = np.abs(_NOISE * 4).astype(np.int64) % (2 if kind.kind == "b" else 8)
+    noise = (_NOISE if kind.kind == "f" else whole_numbers).astype(kind)
     whole = n - n % len(noise)
     array[:whole].reshape(-1, len(noise))[...] = noise
     array[whole:] = noise[: n - whole]

@@ -61,6 +61,8 @@ class OnnxRuntimeBackend:
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             raise UsageError(f"onnxruntime: threads must be a whole number from 1, got {threads!r}")
         self.available()
+        # Read on import (1.31): else a thread that collects and sends usage data runs beside the measurement.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         self._ort = onnxruntime

@@ -58,7 +58,7 @@ class RooflineBackend:
     def load(self, artifact: Path) -> Iterator[RooflineRunner]:
         try:
             graph = Graph.from_json(artifact.read_text())
-        except (OSError, GraphError) as error:
+        except (OSError, ValueError, GraphError) as error:  # ValueError: no text
             raise MeasurementError(str(error)) from error
         yield RooflineRunner(graph, self.options)
 

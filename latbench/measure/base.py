@@ -32,7 +32,7 @@ class SamplingPlan:
     block_s: float = 0.005  # timed inference per block
     rounds: int = 2  # blocks per run and row
     runs: int = 2  # worker processes per row
-    warmup_s: float = 0.002
+    warmup_s: float = 0.001
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable
@@ -37,7 +37,7 @@ def errors(predicted_ms: NDArray[np.float64], measured_ms: NDArray[np.float64]) 
     relative = predicted_ms / measured_ms - 1
     spearman = None
     if len(measured_ms) > 2:
-        spearman = float(np.corrcoef(rankdata(predicted_ms), rankdata(measured_ms))[0, 1])
+        spearman = float(pd.Series(predicted_ms).rank().corr(pd.Series(measured_ms).rank()))
     return {
         "n": len(measured_ms),
         "mape": float(np.abs(relative).mean()),

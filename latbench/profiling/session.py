@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+from latbench.errors import MeasurementError
 from latbench.graph.ir import GraphBuilder
 from latbench.graph.ops import Conv2d, ReLU
-from latbench.errors import MeasurementError
 from latbench.measure.base import Launcher, Measurement, Request, SamplingPlan
 from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s
 from latbench.profiling.rows import Progress
@@ -53,14 +53,18 @@ class Session:
     progress: dict[str, Progress] = field(default_factory=dict)  # by key of the graph that runs
     canary_ms: list[tuple[int, float]] = field(default_factory=list)  # (order, at the reference clock)
     order: int = 0
+    judged: int = 0  # drift among the canaries before this order is known
     finished: set[str] = field(default_factory=set)  # keys whose row is final
 
     def restore(self, measurements: Iterable[Measurement]) -> None:
         """Takes what an earlier, interrupted session measured."""
+        run = 0
         for measurement in measurements:
+            if measurement.run != run:  # as then: drift is judged at the end of each worker process
+                self._flag_drift()
+                run = measurement.run
             self._take(measurement)
             self.order = max(self.order, measurement.order + 1)
-        self._flag_drift(0)
 
     def measure(self, jobs: Sequence[Job]) -> bool:
         """Measures `jobs`, each distinct graph once. False where the deadline came first: some have no progress."""
@@ -97,13 +101,14 @@ class Session:
                 ) from None
         n_done, n_requests = 0, len(part) * self.plan.runs * self.plan.rounds
         for run in range(self.plan.runs + EXTRA_PHASES):
-            first_order = self.order
+            first = self.order
             for measurement in self.launcher.measure(self._requests(part, paths, run)):
                 self.record(measurement)
                 self._take(measurement)
                 n_done += 1
                 yield min(1.0, n_done / n_requests)
-            self._flag_drift(first_order)
+            if self.order > first:  # a phase that an earlier session did has been judged
+                self._flag_drift()
             if run >= self.plan.runs - 1 and all(self.complete(job.key) for job in part):
                 return
         for job in part:  # no more tries: what there is becomes the row
@@ -113,10 +118,9 @@ class Session:
     def _requests(self, part: Sequence[Job], paths: Mapping[str, Path], run: int) -> Iterator[Request]:
         """The requests of one worker process: rounds over the rows that need it, each in an order of its own."""
         extra = run >= self.plan.runs
+        plans = {job.key: job.plan(self.plan) for job in (*part, CANARY)}
         keys = [job.key for job in part if not (extra and self.complete(job.key))]
-        if not keys:
-            return
-        since_canary = self.plan.canary_every
+        since_canary, first = self.plan.canary_every, self.order
         for index in range(self.plan.rounds):
             random.Random(f"{self.plan.seed}/{run}/{index}/{self.order}").shuffle(keys)
             for key in keys:
@@ -124,16 +128,18 @@ class Session:
                 if progress and (progress.failure or any((b.run, b.round) == (run, index) for b in progress.blocks)):
                     continue
                 if self.plan.canary_every and since_canary >= self.plan.canary_every:
-                    yield self._request(CANARY.key, paths, run, index)
+                    yield self._request(CANARY.key, paths, run, index, plans)
                     since_canary = 0
                 since_canary += 1
-                yield self._request(key, paths, run, index)
-        if self.plan.canary_every:
-            yield self._request(CANARY.key, paths, run, self.plan.rounds)
+                yield self._request(key, paths, run, index, plans)
+        if self.plan.canary_every and self.order > first:  # after a resume there may be nothing left to ask for
+            yield self._request(CANARY.key, paths, run, self.plan.rounds, plans)
 
-    def _request(self, key: str, paths: Mapping[str, Path], run: int, index: int) -> Request:
+    def _request(
+        self, key: str, paths: Mapping[str, Path], run: int, index: int, plans: Mapping[str, SamplingPlan]
+    ) -> Request:
         self.order += 1
-        return Request(key, str(paths[key]), run, index, self.plan, self.order - 1)
+        return Request(key, str(paths[key]), run, index, plans[key], self.order - 1)
 
     def _take(self, measurement: Measurement) -> None:
         progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))
@@ -156,8 +162,9 @@ class Session:
         """Whether the row of this graph is final: the plan met, its time spent, or failed."""
         return key in self.finished
 
-    def _flag_drift(self, first_order: int) -> None:
-        """Flags what was measured between two canaries of which one lies off the session's median."""
+    def _flag_drift(self) -> None:
+        """Flags what was measured since the last call between two canaries that both lie off the session's median."""
+        first_order, self.judged = self.judged, self.order
         if len(self.canary_ms) < 3:
             return
         centre = statistics.median(ms for _, ms in self.canary_ms)

@@ -1,0 +1,27 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def workers() -> Callable[[int], list[int]]:
+    """Pids of the living measurement workers that a process started; they name their parent in their last argument."""
+
+    def living(parent_pid: int) -> list[int]:
+        pids = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                argv = (folder / "cmdline").read_bytes().split(b"\0")[:-1]
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has just gone
+                continue
+            if b"latbench.measure.worker" in argv and argv[-1] == str(parent_pid).encode() and state != "Z":
+                pids.append(int(folder.name))
+        return pids
+
+    return living
