@@ -24,7 +24,7 @@ from latbench.spool import Spool
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="blocks of samples per run; 6: careful")
+    parser.add_argument("--rounds", type=int, default=2, help="blocks of samples per run; 5: careful")
     parser.add_argument("--blocks", type=int, default=200)
     parser.add_argument("--cprofile", action="store_true", help="where the parent spends its time")
     args = parser.parse_args()
@@ -54,7 +54,7 @@ def main() -> None:
     warm = sum(m.warmup_ms for m in taken) / 1e3
     canary = sum(sum(m.samples_ms) * m.repeat + m.load_ms + m.warmup_ms for m in taken if m.key == CANARY.key) / 1e3
     print(f"{len(jobs)} blocks, {plan.runs} runs x {plan.rounds} rounds, {len(taken)} blocks of samples, {wall:.2f} s")
-    print(f"rate        {60 * len(jobs) / wall:6.0f} blocks/min    (aim: 1500; careful, --rounds 6: 600)")
+    print(f"rate        {60 * len(jobs) / wall:6.0f} blocks/min    (aim: 1500; careful, --rounds 5: 600)")
     print(f"efficiency  {timed / wall:6.1%} of wall time inside timed inference")
     print(f"warm-up     {warm / wall:6.1%}")
     print(f"load        {load / wall:6.1%} sessions, buffers")

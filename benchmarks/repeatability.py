@@ -1,7 +1,7 @@
 """Do two passes agree? ``python benchmarks/repeatability.py`` (about ten minutes).
 
 Two independent passes over the 200 blocks of ``blocks200.py``, each in processes of its own, minutes apart: at the
-default settings of ``latbench profile``, at the careful ones (``--rounds 6``), and at the default ones with a busy
+default settings of ``latbench profile``, at the careful ones (``--rounds 5``), and at the default ones with a busy
 process on every other core. Printed: |log ratio| of the clock-normalised and of the raw latencies, and the share of
 rows whose second pass falls into the first one's stated 95 % interval.
 
@@ -31,7 +31,7 @@ from latbench.profiling.rows import finish
 from latbench.profiling.session import Session
 from latbench.tables import LatencyTable
 
-SETTINGS = {"default": (2, 0), "careful": (6, 0), "busy": (2, 1)}  # rounds, busy processes per spare core
+SETTINGS = {"default": (2, 0), "careful": (5, 0), "busy": (2, 1)}  # rounds, busy processes per spare core
 AIMS = {"default": (0.006, 0.025, 1500), "careful": (0.004, 0.020, 600), "busy": (0.006, 0.025, 0)}
 
 

@@ -82,9 +82,25 @@ def aligned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     room = np.empty(n * kind.itemsize + 4096, np.uint8)
     start = -room.ctypes.data % 4096
     array: NDArray[Any] = room[start : start + n * kind.itemsize].view(kind)
-    whole_numbers = np.abs(_NOISE * 4).astype(np.int64) % (2 if kind.kind == "b" else 8)
-    noise = (_NOISE if kind.kind == "f" else whole_numbers).astype(kind)
+    noise = _NOISE
+    if kind.kind != "f":
+        noise = np.abs(noise * 4).astype(np.int64) % (2 if kind.kind == "b" else 8)
     whole = n - n % len(noise)
     array[:whole].reshape(-1, len(noise))[...] = noise
     array[whole:] = noise[: n - whole]
     return array.reshape(shape)
+
+
+class Buffers:
+    """Input and output memory that a back-end keeps from model to model: allocated, filled and touched once."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int, str], NDArray[Any]] = {}
+
+    def get(self, role: str, position: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """The array for one input or output; what the role "input" gives holds noise, and nobody writes to it."""
+        n = int(np.prod(shape, dtype=np.int64))
+        kept = self._kept.get((role, position, dtype))
+        if kept is None or len(kept) < n:
+            kept = self._kept[role, position, dtype] = aligned_array((n,), dtype)
+        return kept[:n].reshape(shape)

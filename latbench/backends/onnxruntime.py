@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.backends.base import LayerTime, Scalar, aligned_array
+from latbench.backends.base import Buffers, LayerTime, Scalar
 from latbench.errors import BackendUnavailableError, MeasurementError, UsageError
 
 OPTIONS: dict[str, Scalar] = {"threads": 1, "optimisation": "all"}
@@ -66,6 +66,7 @@ class OnnxRuntimeBackend:
         import onnxruntime
 
         self._ort = onnxruntime
+        self._buffers = Buffers()
 
     @classmethod
     def available(cls) -> None:
@@ -84,7 +85,7 @@ class OnnxRuntimeBackend:
     @contextmanager
     def load(self, artifact: Path) -> Iterator[OnnxRuntimeRunner]:
         try:
-            runner = OnnxRuntimeRunner(self._ort, artifact, self._session_options())
+            runner = OnnxRuntimeRunner(self._ort, artifact, self._session_options(), self._buffers)
         except Exception as error:  # ORT's exceptions share no base class but Exception
             raise MeasurementError(_words(error)) from error
         yield runner
@@ -104,14 +105,14 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeRunner:
     """A session with inputs and outputs bound to fixed buffers."""
 
-    def __init__(self, ort: Any, artifact: Path, options: Any) -> None:
-        self._ort, self._artifact, self._options = ort, artifact, options
+    def __init__(self, ort: Any, artifact: Path, options: Any, buffers: Buffers) -> None:
+        self._ort, self._artifact, self._options, self._buffers = ort, artifact, options, buffers
         self._session = ort.InferenceSession(str(artifact), options, providers=["CPUExecutionProvider"])
         self._inputs = {}
-        for tensor in self._session.get_inputs():
+        for i, tensor in enumerate(self._session.get_inputs()):
             if tensor.type not in DTYPES or not all(isinstance(n, int) for n in tensor.shape):
                 raise MeasurementError(f"input {tensor.name!r} is {tensor.type} {tensor.shape}: not a static tensor")
-            self._inputs[tensor.name] = aligned_array(tuple(tensor.shape), DTYPES[tensor.type])
+            self._inputs[tensor.name] = buffers.get("input", i, tuple(tensor.shape), DTYPES[tensor.type])
         self._binding = self._bind(self._session)
         self._run = self._session.run_with_iobinding
 
@@ -119,9 +120,9 @@ class OnnxRuntimeRunner:
         binding = session.io_binding()
         for name, array in self._inputs.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
-        for tensor in session.get_outputs():
+        for i, tensor in enumerate(session.get_outputs()):
             if tensor.type in DTYPES and all(isinstance(n, int) for n in tensor.shape):
-                room = aligned_array(tuple(tensor.shape), DTYPES[tensor.type])
+                room = self._buffers.get("output", i, tuple(tensor.shape), DTYPES[tensor.type])
                 binding.bind_ortvalue_output(tensor.name, self._ort.OrtValue.ortvalue_from_numpy(room))
             else:
                 binding.bind_output(tensor.name)

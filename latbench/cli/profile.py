@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--ci", type=PERCENT, default="2%", show_default=True, help="Half-width of each row's interval to reach.")
 @click.option("--runs", type=click.IntRange(1), default=2, show_default=True, help="Worker processes per row.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=2, show_default=True, help="Blocks of samples per run; 6: careful."
+    "--rounds", type=click.IntRange(1), default=2, show_default=True, help="Blocks of samples per run; 5: careful."
 )
 @click.option("--budget", type=DURATION, help="Stop after this long; the same command goes on from there.")
 @click.option("--only", metavar="KEY", help="Only the row of this key (a prefix will do).")

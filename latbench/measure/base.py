@@ -117,6 +117,7 @@ class WorkerSetup:
     backend: str  # "module:Class"
     options: Mapping[str, Scalar] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()  # affinity; empty: as inherited
+    calibrate_s: float = 0.0  # how long to watch the clock first, to say what it is in this session
 
 
 class Launcher(Protocol):

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetu
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
 AHEAD = 2  # requests in the pipe: the worker never waits for the parent's bookkeeping
 START_LIMIT_S = 60.0
+CALIBRATE_S = 0.2  # the first worker watches the clock for so long
 
 
 def cpus_for(threads: int) -> tuple[int, ...]:
@@ -48,21 +49,35 @@ class LocalLauncher:
 
     def __init__(self, setup: WorkerSetup, *, python: str = sys.executable) -> None:
         self.setup, self.python = setup, python
-        self.conditions: dict[str, Any] = {}  # as the latest worker reported them
+        self.conditions: dict[str, Any] = {}  # as the latest worker reported them; the clock as the first saw it
         self._worker: _Worker | None = None
+        self._spares: deque[_Worker] = deque()
 
     def __enter__(self) -> LocalLauncher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop()
+        while self._spares:
+            self._spares.pop().kill()
+
+    def prepare(self, workers: int) -> None:
+        """Lets so many workers start beside what the parent does next, before anything is measured.
+
+        Later ones are then at hand at once: a new run, or a crash, costs no start in the midst of measuring.
+        """
+        while len(self._spares) + (self._worker is not None) < workers:
+            self._spares.append(_Worker(self.setup, self.python))
 
     def start(self) -> dict[str, Any]:
         """Starts a worker where there is none; gives its conditions. Raises MeasurementError where it cannot start."""
         if self._worker is None:
-            self._worker = _Worker(self.setup, self.python)
+            if not self.conditions:
+                self._worker = _Worker(replace(self.setup, calibrate_s=CALIBRATE_S), self.python)
+            else:
+                self._worker = self._spares.popleft() if self._spares else _Worker(self.setup, self.python)
             try:
-                self.conditions = self._worker.wait_ready()
+                self.conditions = {**self.conditions, **self._worker.wait_ready()}
             except BaseException:
                 self._stop()
                 raise
@@ -76,9 +91,9 @@ class LocalLauncher:
         ahead: Request | None = next(source, None)
         while pending or ahead is not None:
             while ahead is not None and len(pending) < AHEAD and (not pending or ahead.run == run):
-                if ahead.run != run:
+                if run is not None and ahead.run != run:
                     self._stop()
-                    run = ahead.run
+                run = ahead.run
                 self.start()
                 self._send(ahead)
                 pending.append(ahead)

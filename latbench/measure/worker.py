@@ -73,11 +73,20 @@ def prepare(setup: WorkerSetup) -> tuple[Backend, dict[str, Any]]:
     conditions["priority"] = raise_priority()
     module, _, name = setup.backend.partition(":")
     backend: Backend = getattr(importlib.import_module(module), name)(setup.options)
-    if backend.clock == "host":
-        for _ in range(200):  # the clock settles under load; 200 probes are about 6 ms
-            probe_us(1)
-        conditions["clock_probe_us"] = float(np.median([probe_us() for _ in range(50)]))
+    if backend.clock == "host" and setup.calibrate_s > 0:
+        conditions["clock_probe_us"] = settled_probe_us(setup.calibrate_s)
     return backend, conditions
+
+
+def settled_probe_us(seconds: float) -> float:
+    """Median clock probe of the second half of `seconds`: the clock rises for a while under load."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds / 2:
+        probe_us()
+    probes = []
+    while time.perf_counter() - begin < seconds:
+        probes.append(probe_us())
+    return float(np.median(probes))
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -209,7 +218,7 @@ def warm_up(runner: Runner, plan: SamplingPlan) -> tuple[float, float]:
     first = best = runner.sample(1)
     spent, n, repeat, stale = first, 1, 1, 0
     while True:
-        tries = 3 if repeat * best < 0.5 else 1  # long models settle by themselves
+        tries = 3 if repeat * best < 0.15 else 1  # longer ones are steadier by themselves
         single = min(runner.sample(repeat) / repeat for _ in range(tries))
         spent += tries * repeat * single
         n += tries * repeat

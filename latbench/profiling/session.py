@@ -21,7 +21,7 @@ from latbench.profiling.scratch import scratch
 from latbench.tables import Row
 
 CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
-EXTRA_PHASES = 3  # more worker processes that a row may see when the plan is not met by the first ones
+EXTRA_ROUNDS = 4  # more blocks of samples, in one more process, that a row may get when the plan is not met
 
 
 class SessionLauncher(Launcher, Protocol):
@@ -29,6 +29,10 @@ class SessionLauncher(Launcher, Protocol):
 
     @property
     def conditions(self) -> Mapping[str, object]: ...
+
+    def prepare(self, workers: int) -> None:
+        """Starts workers beside what the parent does next."""
+        ...
 
 
 class Reporter(Protocol):
@@ -89,6 +93,7 @@ class Session:
 
     def _measure_part(self, part: Sequence[Job], folder: Path) -> Iterator[float]:
         """Measures a chunk to its end; gives the share of it that is done, after every measurement."""
+        self.launcher.prepare(self.plan.runs + 1)
         paths = {}
         for job in [*part, CANARY]:
             paths[job.key] = folder / f"{job.key}.{'json' if self.artifact == 'graph' else 'onnx'}"
@@ -100,28 +105,26 @@ class Session:
                     "that has some"
                 ) from None
         n_done, n_requests = 0, len(part) * self.plan.runs * self.plan.rounds
-        for run in range(self.plan.runs + EXTRA_PHASES):
+        for run in range(self.plan.runs + 1):
             first = self.order
             for measurement in self.launcher.measure(self._requests(part, paths, run)):
                 self.record(measurement)
                 self._take(measurement)
                 n_done += 1
                 yield min(1.0, n_done / n_requests)
-            if self.order > first:  # a phase that an earlier session did has been judged
+            if self.order > first:  # a run that an earlier session did has been judged
                 self._flag_drift()
-            if run >= self.plan.runs - 1 and all(self.complete(job.key) for job in part):
-                return
         for job in part:  # no more tries: what there is becomes the row
             self.progress[job.key].closed = True
             self.finished.add(job.key)
 
     def _requests(self, part: Sequence[Job], paths: Mapping[str, Path], run: int) -> Iterator[Request]:
         """The requests of one worker process: rounds over the rows that need it, each in an order of its own."""
-        extra = run >= self.plan.runs
+        extra = run == self.plan.runs
         plans = {job.key: job.plan(self.plan) for job in (*part, CANARY)}
-        keys = [job.key for job in part if not (extra and self.complete(job.key))]
         since_canary, first = self.plan.canary_every, self.order
-        for index in range(self.plan.rounds):
+        for index in range(EXTRA_ROUNDS if extra else self.plan.rounds):
+            keys = [job.key for job in part if not (extra and self.complete(job.key))]
             random.Random(f"{self.plan.seed}/{run}/{index}/{self.order}").shuffle(keys)
             for key in keys:
                 progress = self.progress.get(key)
@@ -133,7 +136,7 @@ class Session:
                 since_canary += 1
                 yield self._request(key, paths, run, index, plans)
         if self.plan.canary_every and self.order > first:  # after a resume there may be nothing left to ask for
-            yield self._request(CANARY.key, paths, run, self.plan.rounds, plans)
+            yield self._request(CANARY.key, paths, run, index + 1, plans)
 
     def _request(
         self, key: str, paths: Mapping[str, Path], run: int, index: int, plans: Mapping[str, SamplingPlan]

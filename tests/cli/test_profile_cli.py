@@ -86,7 +86,11 @@ def test_failed_rows_are_status_2_and_told_by_reason(tmp_path: Path, monkeypatch
     def measure(self: LocalLauncher, requests: Any) -> Any:
         for one in real(self, requests):
             bad = one.order % 2 == 0
-            yield Measurement(one.key, one.run, one.round, one.order, "error", stage="load", error="no room") if bad else one
+            yield (
+                Measurement(one.key, one.run, one.round, one.order, "error", stage="load", error="no room")
+                if bad
+                else one
+            )
 
     monkeypatch.setattr(LocalLauncher, "measure", measure)
     result = run(*ROOFLINE, "-o", tmp_path / "t.parquet")

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 INFERENCE_MS = 10.0
 
@@ -23,42 +25,42 @@ class FaultyBackend:
     artifact = "graph"
     clock = "host"
 
-    def __init__(self, options):
+    def __init__(self, options: Mapping[str, Any]) -> None:
         if "refuse" in options:
             raise OSError(f"no device\n  {options['refuse']}")
 
     @classmethod
-    def available(cls):
+    def available(cls) -> None:
         """Always."""
 
     @classmethod
-    def versions(cls):
+    def versions(cls) -> dict[str, str]:
         return {}
 
     @contextmanager
-    def load(self, artifact):
+    def load(self, artifact: Path) -> Iterator[Runner]:
         runner = Runner(json.loads(artifact.read_text()))
         runner.strike()
         yield runner
 
 
 class Runner:
-    def __init__(self, fault):
+    def __init__(self, fault: dict[str, Any]) -> None:
         self.fault, self.calls = fault, 0
 
-    def sample(self, repeat):
+    def sample(self, repeat: int) -> float:
         self.calls += 1
         self.strike()
         return repeat * INFERENCE_MS
 
-    def outputs(self, inputs):
+    def outputs(self, inputs: object) -> dict[str, Any]:
         return {}
 
-    def layers(self):
+    def layers(self) -> None:
         self.calls = self.fault.get("call", 0)
         self.strike()
 
-    def strike(self):
+    def strike(self) -> None:
         how, once = self.fault.get("how"), self.fault.get("once")
         if how is None or self.calls != self.fault.get("call", 0) or (once and Path(once).exists()):
             return
@@ -67,7 +69,7 @@ class Runner:
         FAULTS[how]()
 
 
-def flood():
+def flood() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.write("x" * 999 + "\n")
         for _ in range(4096):
@@ -75,23 +77,24 @@ def flood():
         stream.flush()
 
 
-def flood_and_die():
+def flood_and_die() -> None:
     flood()
-    print("last words", file=sys.stderr, flush=True)
+    sys.stderr.write("last words\n")
+    sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail(words):
+def fail(words: str) -> NoReturn:
     raise RuntimeError(words)
 
 
-FAULTS = {
+FAULTS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segfault": lambda: ctypes.string_at(0),
     "exit": lambda: sys.exit(3),
     "hang": lambda: time.sleep(3600),
     "raise": lambda: fail("the kernel\n  said no"),
-    "lookup": lambda: {}["a bug of theirs"],
+    "lookup": lambda: FAULTS["a bug of theirs"],
     "allocate": lambda: bytearray(1 << 60),
     "flood": flood,
     "flood and die": flood_and_die,

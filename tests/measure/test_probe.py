@@ -16,7 +16,7 @@ WAIT = WaitClock()  # holds its file open as long as the process lives
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A clock that goes on by the next number of the list at each reading."""
     steps: list[int] = []
     now = 0

@@ -18,11 +18,11 @@ from latbench.errors import UsageError
 from latbench.measure.base import Measurement, SamplingPlan
 from latbench.measure.statistics import CRITERIA, PROCESS_TERM, estimate, median_interval, percentile
 from latbench.profiling.rows import Progress, finish
-from latbench.profiling.session import EXTRA_PHASES
+from latbench.profiling.session import EXTRA_ROUNDS
 from latbench.tables import Row
 
 PLAN = SamplingPlan()
-MAX_BLOCKS = PLAN.rounds * (PLAN.runs + EXTRA_PHASES)
+MAX_BLOCKS = PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
 
 Floats = NDArray[np.float64]
 Source = Callable[[np.random.Generator, int], Floats]  # (generator, samples a block) -> (MAX_BLOCKS, samples), median 1
@@ -66,7 +66,7 @@ def sinusoidal_clock(rng: np.random.Generator) -> Floats:
 def sample_row(blocks: Floats, plan: SamplingPlan = PLAN, probes_us: Floats | None = None) -> Progress:
     """What a session does with one row: run x round blocks, then extra phases while the plan is not met."""
     progress = Progress(plan, None if probes_us is None else PROBE_US)
-    for run in range(plan.runs + EXTRA_PHASES):
+    for run in range(plan.runs + EXTRA_ROUNDS):
         for index in range(plan.rounds):
             i = run * plan.rounds + index
             probe_us = 0.0 if probes_us is None else float(probes_us[i])
@@ -93,7 +93,7 @@ def test_intervals_under_the_stopping_rule_cover_the_true_median(source: Source,
 
 @pytest.mark.parametrize("clock", [autoregressive_clock, random_walk_clock, sinusoidal_clock])
 def test_intervals_cover_the_true_median_while_the_clock_drifts(clock: Callable[[np.random.Generator], Floats]) -> None:
-    """Constant within a block, another in the next; the probe tells it up to 0.35 %, as measured beside a compiled one."""
+    """Constant within a block, another in the next; the probe tells it up to 0.35 % (MEASUREMENT.md)."""
     rng = np.random.default_rng(7)
 
     def row() -> Progress:
@@ -198,7 +198,7 @@ def test_sampling_ends_within_its_budget_on_a_source_that_never_settles(
         criterion=criterion, runs=runs, rounds=rounds, precision=1e-6, max_time_s=max_time_s, min_time_s=0.01
     )
     rng = np.random.default_rng(seed)
-    n_phases = plan.runs + EXTRA_PHASES
+    n_phases = plan.runs + EXTRA_ROUNDS
     latencies = 1e3 * latency_s * (1 + np.abs(rng.standard_cauchy((n_phases * rounds, 20))))
     progress = sample_row(latencies, plan)
     assert len(progress.blocks) <= n_phases * rounds

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -216,7 +217,7 @@ class Scripted:
         self.spent_ms += ms
         return ms
 
-    def outputs(self, inputs: object) -> dict[str, object]:
+    def outputs(self, inputs: object) -> dict[str, Any]:
         return {}
 
     def layers(self) -> None:

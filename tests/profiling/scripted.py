@@ -39,6 +39,9 @@ class ScriptedLauncher:
         self.conditions: Mapping[str, object] = {"clock_probe_us": PROBE_US}
         self.requests: list[Request] = []
 
+    def prepare(self, workers: int) -> None:
+        """Nothing to start."""
+
     def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
         for request in requests:
             visit = sum(one.key == request.key for one in self.requests)

@@ -18,7 +18,9 @@ ARCHS = [SPACE.parse_arch(f"random:{seed}") for seed in range(4)]
 def table(share: float = 1.0, leave_out: int | None = None) -> LatencyTable:
     """Block i takes i ms; networks take `share` of their blocks' sum."""
     blocks = dict(zip(SPACE.all_blocks(), range(1, 10**6), strict=False))
-    rows = [Row(k, "block", "s", context="sandwich", latency_ms=float(ms)) for k, ms in blocks.items() if ms != leave_out]
+    rows = [
+        Row(k, "block", "s", context="sandwich", latency_ms=float(ms)) for k, ms in blocks.items() if ms != leave_out
+    ]
     for arch in ARCHS:
         total_ms = share * sum(blocks[block.key] for block in SPACE.blocks(arch))
         rows.append(Row(SPACE.network(arch).key, "network", "s", arch=arch, latency_ms=total_ms))

@@ -58,7 +58,8 @@ def test_a_file_is_summarised_and_folded(file: Path) -> None:
     network = SPACE.network(SPACE.published["narrowest"])
     assert (model.job.row.macs, model.job.row.n_params) == (network.macs, network.n_params)
     assert "BatchNormalization" in [
-        node.op_type for node in onnx.load_from_string(read_model(str(file), fold="off").job.data).graph.node  # type: ignore[attr-defined]
+        node.op_type
+        for node in onnx.load_from_string(read_model(str(file), fold="off").job.data).graph.node  # type: ignore[attr-defined]
     ]
 
 

@@ -74,7 +74,7 @@ class Whole(SearchSpace):
 def test_a_space_without_blocks_is_measured_as_networks() -> None:
     (job,) = jobs_of(Whole(), networks=[(0,)])
     assert job.row.kind == "network"
-    with pytest.raises(UsageError, match="whole has no blocks .* ask for networks"):
+    with pytest.raises(UsageError, match=r"whole has no blocks .* ask for networks"):
         jobs_of(Whole())
 
 

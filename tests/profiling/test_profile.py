@@ -33,7 +33,7 @@ EVERY_KEY = {(job.row.key, job.row.kind) for job in jobs_of(SPACE)}
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Request]]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """Every request that real launchers are asked for."""
     asked: list[Request] = []
     real = LocalLauncher.measure
@@ -47,7 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Request]]:
         return real(self, heard())
 
     monkeypatch.setattr(LocalLauncher, "measure", measure)
-    yield asked
+    return asked
 
 
 def identities(table: LatencyTable) -> set[tuple[str, str]]:
@@ -162,7 +162,10 @@ def test_failed_rows_are_measured_again(tmp_path: Path, measured: list[Request])
     assert {key: again[key] for key, _ in EVERY_KEY} == {key: whole[key] for key, _ in EVERY_KEY}
 
 
-class Interrupted(Exception):
+HOLDER = "import sys, time; from latbench.spool import Spool; spool = Spool(sys.argv[1], {}).__enter__()"
+
+
+class InterruptedHereError(Exception):
     pass
 
 
@@ -178,13 +181,13 @@ def test_going_on_after_an_interruption_equals_an_undisturbed_run(
         nonlocal n_appended
         if "key" in record:
             if n_appended == n:
-                raise Interrupted
+                raise InterruptedHereError
             n_appended += 1
         append(self, record)
 
     with monkeypatch.context() as patch:
         patch.setattr(Spool, "append", fail)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedHereError):
             profile(SPACE, target, out)
     assert not out.exists()
     assert beside(out) == ["t.parquet.partial.jsonl"]
@@ -231,7 +234,9 @@ def test_provenance_says_everything_a_reader_needs(tmp_path: Path, monkeypatch: 
     assert set(about.versions) == {"latbench", "onnx", "python", "onnxruntime"}
     assert about.versions["latbench"] == __version__
     assert about.versions["python"] == platform.python_version()
-    assert {"cpu_model", "cpus", "kernel", "governors", "turbo", "worker_cpus", "worker_priority"} <= set(about.environment)
+    assert {"cpu_model", "cpus", "kernel", "governors", "turbo", "worker_cpus", "worker_priority"} <= set(
+        about.environment
+    )
     assert about.clock_ref_us is not None
     assert 1 < about.clock_ref_us < 1000
     assert re.fullmatch(r"|[0-9a-f]{12}(\+dirty)?", about.commit)
@@ -273,7 +278,7 @@ def test_a_damaged_table_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_a_table_that_another_run_writes_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "t.parquet"
-    code = "import sys, time; from latbench.spool import Spool\nwith Spool(sys.argv[1], {}): print(1, flush=True); time.sleep(600)"
+    code = f"{HOLDER}; print(1, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -126,7 +126,10 @@ def test_one_stub_on_both_sides_is_subtracted_whole(sandwich_ms: float, stub_ms:
 def test_an_increment_without_its_stub_is_a_failed_row() -> None:
     sandwich = replace(measured("k", 10.0, 0.3), kind="block", context="sandwich", stubs=("a", "b"))
     good, bad = measured("a", 2.0, 0.1), Row("b", "stub", "s", status="error", error="no room")
-    for stubs, why in [({"a": good, "b": bad}, "its stub b failed: no room"), ({"a": good}, "its stub b was not measured")]:
+    for stubs, why in [
+        ({"a": good, "b": bad}, "its stub b failed: no room"),
+        ({"a": good}, "its stub b was not measured"),
+    ]:
         row = increment(sandwich, stubs)
         assert (row.status, row.error, row.latency_ms, row.ci_low_ms) == ("error", why, None, None)
 

@@ -14,7 +14,7 @@ from latbench.measure.base import Measurement, Request, SamplingPlan
 from latbench.profiling import session as session_module
 from latbench.profiling.jobs import GraphJob
 from latbench.profiling.rows import finish
-from latbench.profiling.session import CANARY, EXTRA_PHASES, Session
+from latbench.profiling.session import CANARY, EXTRA_ROUNDS, Session
 
 PLAN = SamplingPlan(canary_every=0)
 
@@ -99,7 +99,7 @@ def test_a_row_of_flagged_blocks_only_says_so_and_uses_them() -> None:
     one, launcher = session(flagged("throttled", when=lambda r, visit: True))
     (job,) = jobs(1)
     assert one.measure([job])
-    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_PHASES)
+    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
     row = finish(job.row, one.progress[job.key])
     assert (row.stop_reason, row.n_samples) == ("throttled", 100)
     assert row.latency_ms == pytest.approx(3.003)
@@ -113,7 +113,7 @@ def test_a_noisy_row_gets_more_phases_and_an_honest_end() -> None:
     one, launcher = session(script)
     (job,) = jobs(1)
     one.measure([job])
-    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_PHASES)
+    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
     row = finish(job.row, one.progress[job.key])
     assert row.stop_reason == "timeout"
     assert "noise>ci" in row.warnings
@@ -134,7 +134,11 @@ def test_a_failure_ends_its_row_and_no_other() -> None:
 
     def script(request: Request, visit: int) -> Measurement:
         one = steady(request, visit)
-        return replace(one, samples_ms=(), status="error", stage="load", error="no") if request.key == asked[0].key else one
+        return (
+            replace(one, samples_ms=(), status="error", stage="load", error="no")
+            if request.key == asked[0].key
+            else one
+        )
 
     one, launcher = session(script)
     assert one.measure(asked)
@@ -185,6 +189,7 @@ def test_an_interrupted_session_goes_on_as_if_nothing_had_happened() -> None:
     asked = jobs(3)
     whole.measure(asked)
     want = {job.key: finish(job.row, whole.progress[job.key]) for job in asked}
+    judged = next(m.order for m in recorded if m.run == 4)  # the drift of run 3 has its closing canary
     for n in range(len(recorded) + 1):
         later, second = session(drifting, plan)
         later.restore(recorded[:n])
@@ -194,6 +199,53 @@ def test_an_interrupted_session_goes_on_as_if_nothing_had_happened() -> None:
             row = finish(job.row, later.progress[job.key])
             assert row.latency_ms == want[job.key].latency_ms
             assert len(row.block_flags) == visits(second)[job.key] + before  # none was lost, none taken twice
+            if n >= judged:
+                assert row.block_flags == want[job.key].block_flags
+
+
+def test_a_row_that_is_given_up_stays_given_up_when_a_later_chunk_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "CHUNK_S", 1e-9)  # a chunk a row
+    asked = jobs(2)
+    slow_orders: set[int] = set()
+
+    def script(request: Request, visit: int) -> Measurement:
+        """All but the canary is noisy without end; at some orders all is 10 % slower."""
+        one = steady(request, visit)
+        noise = 1 if request.key == CANARY.key else 1 + visit % 2
+        slow = 1.1 if request.order in slow_orders else 1.0
+        return replace(one, samples_ms=tuple(s * noise * slow for s in one.samples_ms))
+
+    def measured() -> tuple[Session, ScriptedLauncher]:
+        one, launcher = session(script, replace(PLAN, canary_every=1))
+        assert one.measure(asked)
+        assert one.finished == {job.key for job in asked}
+        return one, launcher
+
+    _, launcher = measured()
+    last = [request for request in launcher.requests if request.key != CANARY.key][-1].key
+    start = next(request.order for request in launcher.requests if request.key == last)
+    slow_orders.update(request.order for request in launcher.requests if request.order > start and request.run == 1)
+    one, _ = measured()
+    assert any("drift" in block.warnings for block in one.progress[last].blocks)
+
+
+def test_a_row_that_was_given_up_is_not_visited_after_an_interruption() -> None:
+    """Not even by the canary: phases that were done need no worker."""
+
+    def noisy(request: Request, visit: int) -> Measurement:
+        one = steady(request, visit)
+        return replace(one, samples_ms=tuple(s * (1 + visit % 2) for s in one.samples_ms))
+
+    plan, recorded = replace(PLAN, canary_every=64), list[Measurement]()
+    whole, _ = session(noisy, plan)
+    whole.record = recorded.append
+    (job,) = jobs(1)
+    whole.measure([job])
+    later, second = session(noisy, plan)
+    later.restore(recorded)
+    assert later.measure([job])
+    assert second.requests == []
+    assert later.finished == {job.key}
 
 
 def test_a_deadline_that_has_passed_measures_nothing() -> None:
