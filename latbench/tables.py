@@ -84,14 +84,15 @@ class Row:
     samples_ms: tuple[float, ...] = ()  # all of them, per inference, as measured
     block_sizes: tuple[int, ...] = ()  # how samples_ms splits into blocks
     block_run: tuple[int, ...] = ()
-    block_probe_us: tuple[float, ...] = ()
+    probes_us: tuple[float, ...] = ()  # clock probes before, amid and behind the samples of each block
+    probe_at: tuple[int, ...] = ()  # samples of its block taken before each probe: 0 begins the next block's
     block_flags: tuple[
         str, ...
     ] = ()  # why a block was left out of the figures: "foreign_load", "drift"; "" if it was not
 
 
 _HINTS = get_type_hints(Row)
-_SAMPLES = ("samples_ms", "block_sizes", "block_run", "block_probe_us", "block_flags")
+_SAMPLES = ("samples_ms", "block_sizes", "block_run", "probes_us", "probe_at", "block_flags")
 _TOTALS = ("gross_ms", "gross_ref_ms", "mean_ms", "std_ms", "min_ms", "p90_ms", "p99_ms", "first_inference_ms")
 _REF = ("latency_ref_ms", "gross_ref_ms")
 _IDENTITY = ["key", "kind", "context"]

@@ -82,7 +82,7 @@ def aligned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     room = np.empty(n * kind.itemsize + 4096, np.uint8)
     start = -room.ctypes.data % 4096
     array: NDArray[Any] = room[start : start + n * kind.itemsize].view(kind)
-    noise = _NOISE
+    noise: NDArray[Any] = _NOISE
     if kind.kind != "f":
         noise = np.abs(noise * 4).astype(np.int64) % (2 if kind.kind == "b" else 8)
     whole = n - n % len(noise)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from latbench.tables import LatencyTable, Row
 
-_SAMPLES = ("samples_ms", "block_sizes", "block_run", "block_probe_us")
+_SAMPLES = ("samples_ms", "block_sizes", "block_run", "block_flags", "probes_us", "probe_at")
 _N_ROWS = 20  # shown in a terminal unless --limit says otherwise
 
 

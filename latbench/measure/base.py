@@ -91,8 +91,8 @@ class Measurement:
     load_ms: float = 0.0  # building the session or engine
     first_inference_ms: float = 0.0
     warmup_ms: float = 0.0
-    probe_before_us: float = 0.0  # clock probe around the samples; 0: the device has none
-    probe_after_us: float = 0.0
+    probes_us: tuple[float, ...] = ()  # clock probes before, amid and behind the samples; empty: no probe here
+    probe_at: tuple[int, ...] = ()  # how many samples were taken before each probe
     wait_ms: float = 0.0  # time the worker waited for a core during the samples
     peak_memory_bytes: int = 0  # of the worker process
     warnings: tuple[str, ...] = ()  # throttled, foreign_load, near_timer_floor, ...

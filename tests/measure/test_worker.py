@@ -78,8 +78,11 @@ def test_a_block_is_sampled_with_all_that_explains_it(measure: Measure) -> None:
     assert m.load_ms > 0
     assert m.first_inference_ms > 0
     assert m.warmup_ms >= 1e3 * PLAN.warmup_s
-    assert 1 < m.probe_before_us < 1000
-    assert 1 < m.probe_after_us < 1000
+    assert all(1 < probe < 1000 for probe in m.probes_us)
+    assert m.probe_at[0] == 0
+    assert m.probe_at[-1] == len(m.samples_ms)
+    assert len(m.probe_at) == len(m.probes_us)
+    assert sorted(m.probe_at) == list(m.probe_at)
     assert m.wait_ms >= 0
     assert m.started_at > 1.7e9
     assert 10 << 20 < m.peak_memory_bytes < 1 << 30

@@ -25,8 +25,8 @@ def steady(request: Request, visit: int) -> Measurement:
         request.round,
         request.order,
         samples_ms=samples,
-        probe_before_us=PROBE_US,
-        probe_after_us=PROBE_US,
+        probes_us=(PROBE_US, PROBE_US),
+        probe_at=(0, len(samples)),
         started_at=1.0 + request.order,
     )
 

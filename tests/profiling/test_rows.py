@@ -19,7 +19,8 @@ PLAN = SamplingPlan()
 
 
 def block(*samples_ms: float, run: int = 0, index: int = 0, probe_us: float = 0.0, **rest: object) -> Measurement:
-    raw = {"samples_ms": samples_ms, "probe_before_us": probe_us, "probe_after_us": probe_us, **rest}
+    probes = {"probes_us": (probe_us,) * 2, "probe_at": (0, len(samples_ms))} if probe_us else {}
+    raw = {"samples_ms": samples_ms, **probes, **rest}
     return Measurement("k", run, index, **raw)  # type: ignore[arg-type]
 
 
@@ -49,7 +50,8 @@ def test_the_reference_clock_scales_each_block_by_its_own_probe() -> None:
     row = finish(ROW, progress(*blocks, clock_ref_us=6.0))
     assert row.latency_ms == 1.0
     assert row.latency_ref_ms == pytest.approx(1.0)
-    assert row.block_probe_us == pytest.approx((6.0, 6.6, 5.4))
+    assert row.probes_us == (6.0, 6.0, 6.6, 6.6, 5.4, 5.4)
+    assert row.probe_at == (0, 1) * 3
     assert row.ci_low_ms is not None
     assert row.ci_high_ms is not None
     assert row.ci_high_ms - row.ci_low_ms == pytest.approx(2 * 1.96 * 0.003)  # the process term alone: blocks agree
@@ -59,7 +61,7 @@ def test_without_a_probe_there_is_no_reference_latency() -> None:
     row = finish(ROW, progress(block(1.0, 1.1), block(1.0, 1.1)))
     assert row.latency_ref_ms is None
     assert row.clock_probe_us is None
-    assert row.block_probe_us == ()
+    assert row.probes_us == ()
 
 
 def test_every_figure_can_be_recomputed_from_the_row() -> None:
@@ -74,7 +76,9 @@ def test_every_figure_can_be_recomputed_from_the_row() -> None:
     used = [i for i, flag in enumerate(row.block_flags) if not flag]
     assert used == [0, 2, 3, 4, 5]
     assert row.latency_ms == np.median([np.median(parts[i]) for i in used])
-    at_reference = [np.median(parts[i]) * 6.0 / row.block_probe_us[i] for i in used]
+    starts = [i for i, at in enumerate(row.probe_at) if at == 0]
+    probes = np.split(np.array(row.probes_us), starts[1:])
+    at_reference = [np.median(parts[i]) * 6.0 / probes[i].mean() for i in used]
     assert row.latency_ref_ms == pytest.approx(np.median(at_reference))
     assert row.p90_ms == pytest.approx(np.quantile(np.concatenate([parts[i] for i in used]), 0.9))
     assert row.p99_ms is None  # 45 samples

@@ -24,6 +24,7 @@ with scratch() as folder:
 
 @pytest.fixture(autouse=True)
 def _tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 

@@ -87,21 +87,21 @@ def test_a_slow_probe_is_throttling_and_is_flagged() -> None:
     def script(request: Request, visit: int) -> Measurement:
         slow = 1.2 if visit == 0 else 1.0
         one = steady(request, visit)
-        return replace(one, probe_before_us=slow * PROBE_US, probe_after_us=slow * PROBE_US)
+        return replace(one, probes_us=(slow * PROBE_US, slow * PROBE_US))
 
     one, _ = session(script)
     (job,) = jobs(1)
     one.measure([job])
-    assert finish(job.row, one.progress[job.key]).block_flags == ("throttled", "", "", "", "", "")
+    assert finish(job.row, one.progress[job.key]).block_flags == ("throttled", "", "", "", "")
 
 
 def test_a_row_of_flagged_blocks_only_says_so_and_uses_them() -> None:
     one, launcher = session(flagged("throttled", when=lambda r, visit: True))
     (job,) = jobs(1)
     assert one.measure([job])
-    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
+    assert visits(launcher)[job.key] == PLAN.rounds * PLAN.runs + EXTRA_ROUNDS
     row = finish(job.row, one.progress[job.key])
-    assert (row.stop_reason, row.n_samples) == ("throttled", 100)
+    assert (row.stop_reason, row.n_samples) == ("throttled", 10 * (PLAN.rounds * PLAN.runs + EXTRA_ROUNDS))
     assert row.latency_ms == pytest.approx(3.003)
 
 
@@ -113,7 +113,7 @@ def test_a_noisy_row_gets_more_phases_and_an_honest_end() -> None:
     one, launcher = session(script)
     (job,) = jobs(1)
     one.measure([job])
-    assert visits(launcher)[job.key] == PLAN.rounds * (PLAN.runs + EXTRA_ROUNDS)
+    assert visits(launcher)[job.key] == PLAN.rounds * PLAN.runs + EXTRA_ROUNDS
     row = finish(job.row, one.progress[job.key])
     assert row.stop_reason == "timeout"
     assert "noise>ci" in row.warnings
