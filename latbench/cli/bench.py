@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="Fold batch norms: what can be, all or refuse, none.",
 )
 @click.option("--ci", type=PERCENT, default="1%", show_default=True, help="Half-width of the interval to reach.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Worker processes.")
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Worker processes.")
 @click.option("--max-time", type=DURATION, default="20s", show_default=True, help="Of timed inference at most.")
 @click.option("--cache", type=click.Choice(["warm", "cold"]), default="warm", show_default=True)
 @click.option(

@@ -183,6 +183,12 @@ def _told(summary: dict[str, Any]) -> str:
                 f"sums of blocks ({context}) against {figures['n']} measured networks, nothing fitted: "
                 f"MAPE {figures['mape']:.2%}, bias {figures['bias']:+.2%}{rank}"
             )
+            if "more_params" in figures:
+                fewer, more = figures["fewer_params"], figures["more_params"]
+                lines.append(
+                    f"  the half with fewer parameters: MAPE {fewer['mape']:.2%}, bias {fewer['bias']:+.2%}; "
+                    f"with more: {more['mape']:.2%}, {more['bias']:+.2%}"
+                )
     for reason, count in summary["failures"].items():
         lines.append(f"{count} failed: {reason}")
     if summary["missing"]:

@@ -69,6 +69,7 @@ class Request:
     round: int  # which block of that run
     plan: SamplingPlan
     order: int = 0  # position in the session
+    fresh: bool = False  # in a worker process that has loaded nothing before
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -83,6 +84,7 @@ class Measurement:
     run: int
     round: int
     order: int = 0
+    pid: int = 0  # of the worker process; 0: unknown
     status: Literal["ok", "error", "timeout"] = "ok"
     samples_ms: tuple[float, ...] = ()  # per inference, in order, warm-up left out, none deleted
     repeat: int = 1  # inferences per sample

@@ -90,8 +90,10 @@ class LocalLauncher:
         run: int | None = None
         ahead: Request | None = next(source, None)
         while pending or ahead is not None:
-            while ahead is not None and len(pending) < AHEAD and (not pending or ahead.run == run):
-                if run is not None and ahead.run != run:
+            while (
+                ahead is not None and len(pending) < AHEAD and (not pending or (ahead.run == run and not ahead.fresh))
+            ):
+                if run is not None and (ahead.run != run or ahead.fresh):
                     self._stop()
                 run = ahead.run
                 self.start()
@@ -168,7 +170,14 @@ class LocalLauncher:
 
 def _failed(request: Request, status: Literal["error", "timeout"], stage: str, error: str) -> Measurement:
     return Measurement(
-        request.key, request.run, request.round, request.order, status, started_at=time.time(), stage=stage, error=error
+        request.key,
+        request.run,
+        request.round,
+        request.order,
+        status=status,
+        started_at=time.time(),
+        stage=stage,
+        error=error,
     )
 
 

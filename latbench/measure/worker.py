@@ -141,6 +141,7 @@ class Sampler:
             "run": request.run,
             "round": request.round,
             "order": request.order,
+            "pid": os.getpid(),
             "clock": self.backend.clock,
         }
         say({"stage": stage})

@@ -16,20 +16,29 @@ def additivity(table: LatencyTable, space: FactoredSpace, context: str) -> dict[
     """Errors of the sums of this context's blocks against the table's measured networks; nothing is fitted.
 
     mape, bias (shares of the measured latency), spearman, n, n_incomplete (networks with a block that has no row) and
-    both series in ms. None where no network can be summed.
+    both series in ms; mape and bias once more for the half with fewer parameters and the half with more: a network
+    whose weights do not fit the last-level cache is slower than its blocks, which do. None where no network can be
+    summed.
     """
     blocks = table.select(kind="block", context=context).blocks_ms()
     archs, measured = table.networks()
-    predicted = []
-    kept = []
+    predicted, kept, n_params = [], [], []
     for arch, ms in zip(archs, measured, strict=True):
         keys = [block.key for block in space.blocks(tuple(int(i) for i in arch))]
         if all(key in blocks for key in keys):
             predicted.append(sum(blocks[key] for key in keys))
             kept.append(ms)
+            n_params.append(space.network(tuple(int(i) for i in arch)).n_params)
     if not kept:
         return None
-    return {"n_incomplete": len(measured) - len(kept), **errors(np.array(predicted), np.array(kept))}
+    both = np.array(predicted), np.array(kept)
+    order = np.argsort(n_params, kind="stable")
+    halves = {}
+    if len(kept) >= 4:
+        for name, part in zip(("fewer_params", "more_params"), np.array_split(order, 2), strict=True):
+            found = errors(both[0][part], both[1][part])
+            halves[name] = {"mape": found["mape"], "bias": found["bias"]}
+    return {"n_incomplete": len(measured) - len(kept), **halves, **errors(*both)}
 
 
 def errors(predicted_ms: NDArray[np.float64], measured_ms: NDArray[np.float64]) -> dict[str, Any]:

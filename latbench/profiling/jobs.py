@@ -21,9 +21,10 @@ from latbench.tables import Row
 Context = Literal["sandwich", "isolated", "both"]
 Artifact = Literal["onnx", "graph"]
 
-# Whole networks are the truth that sums are held against, and there are few of them. Their weights (16 MB for
-# mobilenet_v1) take tens of inferences to settle in a last-level cache that others use too: 1.33 -> 1.06 ms was seen.
-NETWORK_CARE = 5.0
+# A network alone in its process is what a user runs. In a worker that has loaded other models its memory lies in
+# scattered pages, and the caches serve it worse: 2.50 ms +- 1 % in 12 fresh processes, 2.5 to 3.0 ms in a used one.
+ALONE_BLOCK_S = 0.05
+ALONE_WARMUP_S = 0.1  # its weights (16 MB for mobilenet_v1) settle in the last-level cache within 25 ms, at times 100
 
 
 class Job(Protocol):
@@ -49,6 +50,11 @@ class Job(Protocol):
         """Size of the artifact, roughly."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether each of its blocks of samples gets a fresh worker process."""
+        ...
+
     def plan(self, plan: SamplingPlan) -> SamplingPlan:
         """The session's plan, as this job follows it."""
         ...
@@ -64,7 +70,7 @@ class GraphJob:
 
     graph: Graph
     row: Row
-    care: float = 1.0  # factor on the plan's time per block
+    alone: bool = False
 
     @property
     def key(self) -> str:
@@ -80,10 +86,10 @@ class GraphJob:
         return 4 * self.graph.n_params
 
     def plan(self, plan: SamplingPlan) -> SamplingPlan:
-        """More care: longer blocks, and a warm-up as long as they."""
-        if self.care == 1.0:
+        """What runs alone is warmed up and sampled for longer."""
+        if not self.alone:
             return plan
-        return replace(plan, block_s=self.care * plan.block_s, warmup_s=self.care * plan.block_s)
+        return replace(plan, block_s=max(plan.block_s, ALONE_BLOCK_S), warmup_s=max(plan.warmup_s, ALONE_WARMUP_S))
 
     def write(self, path: Path, artifact: Artifact, seed: int) -> None:
         """An ONNX file with random weights, or the graph as JSON."""
@@ -99,6 +105,7 @@ class OnnxJob:
 
     data: bytes
     row: Row
+    alone: bool = True
 
     @property
     def key(self) -> str:
@@ -183,7 +190,7 @@ def _network(space: SearchSpace, arch: Arch, fold_bn: bool) -> GraphJob:
         macs=graph.macs,
         n_params=graph.n_params,
     )
-    return GraphJob(_fold(graph, fold_bn), row, NETWORK_CARE)
+    return GraphJob(_fold(graph, fold_bn), row, alone=True)
 
 
 def _fold(graph: Graph, fold_bn: bool) -> Graph:
@@ -196,7 +203,7 @@ def estimate_s(job: Job, plan: SamplingPlan) -> float:
     latency_s = job.expected_ms / 1e3
     n_blocks = plan.runs * plan.rounds
     sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // n_blocks))
-    session_s = 0.0012 + 5e-10 * job.nbytes  # seen with ONNX Runtime: loading, clock probes, pipe
+    session_s = 0.0012 + 5e-10 * job.nbytes + 0.12 * job.alone  # seen with ONNX Runtime: loading, probes, pipe, process
     return n_blocks * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
 
 

@@ -113,8 +113,9 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
     simulated = origin == "simulated"
     interval = Estimate(raw.value, raw.value, raw.value) if simulated else ref
     samples = np.concatenate([b.samples_ms for b in used])
-    runs = {b.run for b in used}
-    medians = [float(np.median(np.concatenate([b.samples_ms for b in used if b.run == run]))) for run in runs]
+    processes = list(dict.fromkeys((b.run, b.pid) for b in blocks))
+    runs = {(b.run, b.pid) for b in used}
+    medians = [float(np.median(np.concatenate([b.samples_ms for b in used if (b.run, b.pid) == one]))) for one in runs]
     noisy = not simulated and interval.relative_half_width > max(progress.plan.precision, PROCESS_TERM * 2)
     warnings = {w for b in blocks for w in b.warnings} | ({"noise>ci"} if noisy else set())
     if len(samples) < progress.plan.min_samples:
@@ -150,7 +151,7 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
         origin="simulated" if simulated else "measured",
         samples_ms=tuple(s for b in blocks for s in b.samples_ms),
         block_sizes=tuple(len(b.samples_ms) for b in blocks),
-        block_run=tuple(b.run for b in blocks),
+        block_run=tuple(processes.index((b.run, b.pid)) for b in blocks),
         probes_us=tuple(p for b in blocks for p in b.probes_us),
         probe_at=tuple(i for b in blocks for i in b.probe_at),
         block_flags=tuple("+".join(flags(b)) for b in blocks),

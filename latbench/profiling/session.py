@@ -121,7 +121,7 @@ class Session:
     def _requests(self, part: Sequence[Job], paths: Mapping[str, Path], run: int) -> Iterator[Request]:
         """The requests of one worker process: rounds over the rows that need it, each in an order of its own."""
         extra = run == self.plan.runs
-        plans = {job.key: job.plan(self.plan) for job in (*part, CANARY)}
+        jobs = {job.key: job for job in (*part, CANARY)}
         since_canary, first = self.plan.canary_every, self.order
         for index in range(EXTRA_ROUNDS if extra else self.plan.rounds):
             keys = [job.key for job in part if not (extra and self.complete(job.key))]
@@ -131,18 +131,17 @@ class Session:
                 if progress and (progress.failure or any((b.run, b.round) == (run, index) for b in progress.blocks)):
                     continue
                 if self.plan.canary_every and since_canary >= self.plan.canary_every:
-                    yield self._request(CANARY.key, paths, run, index, plans)
+                    yield self._request(CANARY.key, paths, run, index, jobs)
                     since_canary = 0
                 since_canary += 1
-                yield self._request(key, paths, run, index, plans)
+                yield self._request(key, paths, run, index, jobs)
         if self.plan.canary_every and self.order > first:  # after a resume there may be nothing left to ask for
-            yield self._request(CANARY.key, paths, run, index + 1, plans)
+            yield self._request(CANARY.key, paths, run, index + 1, jobs)
 
-    def _request(
-        self, key: str, paths: Mapping[str, Path], run: int, index: int, plans: Mapping[str, SamplingPlan]
-    ) -> Request:
+    def _request(self, key: str, paths: Mapping[str, Path], run: int, index: int, jobs: Mapping[str, Job]) -> Request:
         self.order += 1
-        return Request(key, str(paths[key]), run, index, plans[key], self.order - 1)
+        job = jobs[key]
+        return Request(key, str(paths[key]), run, index, job.plan(self.plan), self.order - 1, job.alone)
 
     def _take(self, measurement: Measurement) -> None:
         progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))

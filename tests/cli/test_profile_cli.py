@@ -77,7 +77,7 @@ def test_only_one_key(tmp_path: Path) -> None:
 
 
 def test_failed_rows_are_status_2_and_told_by_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker dies of a limit on its memory that no session fits in."""
+    """Every other measurement is replaced by a failure: a row that has one says why."""
     from latbench.measure.base import Measurement
     from latbench.measure.launcher import LocalLauncher
 
@@ -87,7 +87,7 @@ def test_failed_rows_are_status_2_and_told_by_reason(tmp_path: Path, monkeypatch
         for one in real(self, requests):
             bad = one.order % 2 == 0
             yield (
-                Measurement(one.key, one.run, one.round, one.order, "error", stage="load", error="no room")
+                Measurement(one.key, one.run, one.round, one.order, status="error", stage="load", error="no room")
                 if bad
                 else one
             )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,26 @@ def test_cpus_are_the_last_ones_allowed() -> None:
     assert cpus_for(1) == (allowed[-1],)
     assert cpus_for(len(allowed)) == tuple(allowed)
     assert cpus_for(len(allowed) + 1) == ()
+
+
+def test_a_fresh_request_gets_a_worker_that_has_loaded_nothing(launcher: LocalLauncher, requests: Requests) -> None:
+    plain, alone, after, next_run = requests({}, {}, {}, {})
+    asked = [plain, replace(alone, fresh=True), after, replace(next_run, run=1)]
+    pids = [m.pid for m in launcher.measure(asked)]
+    assert len(set(pids)) == 3
+    assert pids[1] == pids[2]  # what follows in the same run may share it
+
+
+def test_spare_workers_are_used_and_leave_nothing_behind(requests: Requests) -> None:
+    before = n_open_files()
+    with LocalLauncher(SETUP) as launcher:
+        launcher.start()
+        launcher.prepare(3)
+        spares = [worker._process.pid for worker in launcher._spares]
+        asked = [replace(one, run=run) for run, one in enumerate(requests({}, {}, {}))]
+        pids = [m.pid for m in launcher.measure(asked)]
+        assert pids[1:] == spares
+        launcher.prepare(2)
+        unused = [worker._process.pid for worker in launcher._spares]
+    assert n_open_files() == before
+    assert not any(Path(f"/proc/{pid}").exists() for pid in [*pids, *unused])

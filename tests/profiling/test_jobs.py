@@ -120,3 +120,12 @@ def test_an_onnx_file_is_no_graph(tmp_path: Path) -> None:
     assert job.expected_ms == pytest.approx(1.0)
     with pytest.raises(UsageError, match="give SPACE:ARCH"):
         job.write(tmp_path / "m", "graph", 0)
+
+
+def test_networks_run_alone_for_longer_and_blocks_do_not() -> None:
+    space = MobileNetV1Space(resolution=32, levels=2)
+    plan = SamplingPlan()
+    for job in jobs_of(space, networks=[(0,) * 14]):
+        assert job.alone == (job.row.kind == "network")
+        longer = job.plan(plan).block_s > plan.block_s and job.plan(plan).warmup_s > plan.warmup_s
+        assert longer == job.alone
