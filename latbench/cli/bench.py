@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 @click.option("--ci", type=PERCENT, default="1%", show_default=True, help="Half-width of the interval to reach.")
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Worker processes.")
 @click.option("--max-time", type=DURATION, default="20s", show_default=True, help="Of timed inference at most.")
-@click.option("--cache", type=click.Choice(["warm", "cold"]), default="warm", show_default=True)
+@click.option(
+    "--cache",
+    type=click.Choice(["warm", "cold"]),
+    default="warm",
+    show_default=True,
+    help="Back-to-back inferences, or each with the caches swept.",
+)
 @click.option(
     "--layers", type=click.IntRange(0), default=10, show_default=True, help="Slowest layers shown; 0: no pass."
 )
@@ -70,13 +76,14 @@ def command(
 
     from latbench.cli.progress import Bar
     from latbench.cli.target import assignment, target_of
+    from latbench.measure.base import COLD_SWEEP_BYTES
     from latbench.profiling.bench import BENCH_PLAN, bench, read_model
 
     plan = replace(
         BENCH_PLAN,
         precision=ci,
         runs=runs,
-        cache=cache,
+        sweep_bytes=COLD_SWEEP_BYTES if cache == "cold" else 0,
         max_time_s=max_time,
         min_time_s=min(BENCH_PLAN.min_time_s, max_time),
     )

@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Blocks between thin convolutions, as in a network, or alone.",
 )
+@click.option(
+    "--cache",
+    type=click.Choice(["warm", "network", "cold"]),
+    default="warm",
+    show_default=True,
+    help="What lies in the caches when a block runs: itself; what a median network of the space leaves there (five "
+    "times slower, sums of blocks are closer where networks exceed the last-level cache); nothing.",
+)
 @click.option("--fold-bn/--no-fold-bn", default=True, show_default=True, help="Fold batch norms before measuring.")
 @click.option("--ci", type=PERCENT, default="2%", show_default=True, help="Half-width of each row's interval to reach.")
 @click.option("--runs", type=click.IntRange(1), default=2, show_default=True, help="Worker processes per row.")
@@ -57,6 +65,7 @@ def command(
     options: tuple[str, ...],
     networks: int,
     context: Any,
+    cache: str,
     fold_bn: bool,
     ci: float,
     runs: int,
@@ -72,10 +81,12 @@ def command(
 
     A killed run is resumed by the same command: nothing that was measured is lost.
     """
+    from dataclasses import replace
+
     from latbench import plugins
     from latbench.cli.target import assignment, target_of
-    from latbench.measure.base import SamplingPlan
-    from latbench.profiling import duration_s, profile, wanted
+    from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
+    from latbench.profiling import duration_s, median_weight_bytes, profile, wanted
 
     space_class = plugins.load("latbench.spaces", space_name)
     plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
@@ -88,6 +99,10 @@ def command(
             **dict(assignment(text) for text in settings),
         }
     )
+    if cache != "warm":
+        sweep_bytes = COLD_SWEEP_BYTES if cache == "cold" else median_weight_bytes(space)
+        plan = replace(plan, sweep_bytes=sweep_bytes)
+        target = replace(target, plan=plan)
     path = output or Path(_file_name(space, target))
     if dry_run:
         jobs = wanted(space, target, networks, only)

@@ -12,6 +12,9 @@ from typing import Any, Literal, Protocol
 from latbench.backends.base import Scalar
 from latbench.errors import UsageError
 
+COLD_SWEEP_BYTES = 64 << 20  # beyond the last-level cache that one core can fill
+MAX_SWEEP_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -36,7 +39,7 @@ class SamplingPlan:
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`
-    cache: Literal["warm", "cold"] = "warm"  # cold: caches are swept before every inference
+    sweep_bytes: int = 0  # memory read through between inferences, out of the caches' point of view; 0: warm caches
     load_limit_s: float = 120.0  # limits per stage: past them the worker is killed and the row says where
     warmup_limit_s: float = 60.0
     measure_limit_s: float = 120.0
@@ -55,8 +58,8 @@ class SamplingPlan:
             raise UsageError("a maximum is below its minimum")
         if min(self.block_s, self.max_time_s, self.load_limit_s, self.warmup_limit_s, self.measure_limit_s) <= 0:
             raise UsageError("block_s, max_time_s and the limits must be positive")
-        if self.cache not in ("warm", "cold"):
-            raise UsageError(f"unknown cache policy {self.cache!r}: warm or cold")
+        if not 0 <= self.sweep_bytes <= MAX_SWEEP_BYTES:
+            raise UsageError(f"sweep_bytes must lie between 0 and {MAX_SWEEP_BYTES}, got {self.sweep_bytes}")
 
 
 @dataclass(frozen=True)

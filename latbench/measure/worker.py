@@ -33,8 +33,7 @@ Say = Callable[[dict[str, Any]], None]
 FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
 # A virtual core's clock moves by 1 % within 5 ms: probes amid the samples cut the spread between blocks from 0.74 to
 # 0.55 % (median of 200 blocks), at 3 % of the time.
-PROBE_EVERY_MS = 1.0
-SWEEP_BYTES = 64 << 20  # written through between inferences of a cold-cache plan: beyond a last-level cache
+PROBE_EVERY_S = 0.001
 
 
 def main() -> None:
@@ -131,7 +130,7 @@ class Sampler:
         self.timer_ns = timer_cost_ns()
         self.probed = backend.clock == "host"
         self.probe: Callable[[], float] = probe_us if self.probed else lambda: 0.0
-        self.sweep = np.zeros(0, np.uint8)
+        self.sweep = np.zeros(0, np.float32)
 
     def measure(self, request: Request, say: Say) -> Measurement:
         """One block of samples; errors of the runtime come back as values."""
@@ -167,30 +166,29 @@ class Sampler:
 
     def block(self, runner: Runner, plan: SamplingPlan, single_ms: float) -> dict[str, Any]:
         """Samples for `block_s`, with clock probes around and amid them and the time lost to other processes."""
-        cold = plan.cache == "cold"
-        repeat = 1 if cold else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
+        swept = plan.sweep_bytes > 0
+        repeat = 1 if swept else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
         n_blocks = plan.rounds * plan.runs
         n_min = math.ceil(plan.min_samples / n_blocks)
         limit_ms = 1e3 * plan.max_time_s / n_blocks
         samples: list[float] = []
         spent = 0.0
-        probes, probe_at, since_probe = [self.probe()], [0], 0.0
+        probes, probe_at, probed_at = [self.probe()], [0], time.perf_counter()
         started_at, waited = time.time(), self.wait.ns()
         while True:
-            if cold:
-                self.evict()
+            if swept:
+                self.evict(plan.sweep_bytes)
             ms = runner.sample(repeat)
             samples.append(round(ms / repeat, 7))
             spent += ms
-            since_probe += ms
             if (spent >= 1e3 * plan.block_s and len(samples) >= n_min) or spent >= limit_ms:
                 break
             if len(samples) * n_blocks >= plan.max_samples:
                 break
-            if since_probe >= PROBE_EVERY_MS:
+            if time.perf_counter() - probed_at >= PROBE_EVERY_S:
                 probes.append(self.probe())
                 probe_at.append(len(samples))
-                since_probe = 0.0
+                probed_at = time.perf_counter()
         wait_ms = (self.wait.ns() - waited) / 1e6
         probes.append(self.probe())
         probe_at.append(len(samples))
@@ -209,11 +207,11 @@ class Sampler:
             "warnings": tuple(warnings),
         }
 
-    def evict(self) -> None:
-        """Write through more memory than the caches hold."""
-        if not len(self.sweep):
-            self.sweep = np.zeros(SWEEP_BYTES, np.uint8)
-        self.sweep += 1
+    def evict(self, nbytes: int) -> None:
+        """Read so much other memory, at the speed of the caches."""
+        if self.sweep.nbytes != nbytes // 4 * 4:
+            self.sweep = np.ones(nbytes // 4, np.float32)
+        np.dot(self.sweep, self.sweep)
 
     def layers(self, request: Request) -> list[dict[str, Any]] | None:
         with self.backend.load(Path(request.artifact)) as runner:

@@ -14,7 +14,7 @@ from latbench.graph.context import borders, sandwich, stub
 from latbench.graph.ir import Graph
 from latbench.graph.onnx import to_onnx
 from latbench.graph.passes import fold_structure, random_weights
-from latbench.measure.base import SamplingPlan
+from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 from latbench.tables import Row
 
@@ -86,10 +86,16 @@ class GraphJob:
         return 4 * self.graph.n_params
 
     def plan(self, plan: SamplingPlan) -> SamplingPlan:
-        """What runs alone is warmed up and sampled for longer."""
+        """What runs alone is warmed up and sampled for longer, and brings its own weights through the caches."""
         if not self.alone:
             return plan
-        return replace(plan, block_s=max(plan.block_s, ALONE_BLOCK_S), warmup_s=max(plan.warmup_s, ALONE_WARMUP_S))
+        sweep_bytes = plan.sweep_bytes if plan.sweep_bytes >= COLD_SWEEP_BYTES else 0
+        return replace(
+            plan,
+            sweep_bytes=sweep_bytes,
+            block_s=max(plan.block_s, ALONE_BLOCK_S),
+            warmup_s=max(plan.warmup_s, ALONE_WARMUP_S),
+        )
 
     def write(self, path: Path, artifact: Artifact, seed: int) -> None:
         """An ONNX file with random weights, or the graph as JSON."""

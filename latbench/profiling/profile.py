@@ -127,6 +127,13 @@ def wanted(space: SearchSpace, target: Target, networks: int = 0, only: str | No
     return [job for job in jobs if job in chosen or (job.row.kind == "stub" and job.row.key in needed)]
 
 
+def median_weight_bytes(space: SearchSpace) -> int:
+    """Weights of the median of 101 sampled networks: what passes through the caches between two runs of a block."""
+    rng = np.random.default_rng(0)
+    sizes = [space.network(space.sample(rng)).n_params for _ in range(101)]
+    return int(np.median(sizes)) * np.dtype(space.dtype).itemsize
+
+
 def duration_s(jobs: Sequence[Job], plan: SamplingPlan) -> float:
     """Estimated seconds of measuring, by a roofline: for dry runs."""
     return sum(estimate_s(job, plan) for job in {job.key: job for job in jobs}.values())

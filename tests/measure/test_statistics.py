@@ -257,7 +257,7 @@ def test_a_criterion_is_asked_of_the_blocks_of_the_plan_only() -> None:
     ("given", "words"),
     [
         ({"criterion": "entropy"}, "unknown criterion 'entropy'"),
-        ({"cache": "tepid"}, "unknown cache policy 'tepid'"),
+        ({"sweep_bytes": -1}, "sweep_bytes must lie between"),
         ({"precision": 0.0}, "between 0 and 1"),
         ({"precision": float("nan")}, "between 0 and 1"),
         ({"confidence": 1.0}, "between 0 and 1"),

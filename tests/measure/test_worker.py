@@ -19,7 +19,7 @@ from latbench.graph.ir import GraphBuilder
 from latbench.graph.onnx import to_onnx
 from latbench.graph.ops import Conv2d, ReLU
 from latbench.graph.passes import random_weights
-from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
+from latbench.measure.base import COLD_SWEEP_BYTES, Measurement, Request, SamplingPlan, WorkerSetup
 from latbench.measure.launcher import LocalLauncher
 from latbench.measure.worker import warm_up
 
@@ -117,7 +117,7 @@ def test_a_block_ends_as_the_plan_says(
 
 
 def test_a_cold_cache_is_slower_and_never_repeated(measure: Measure) -> None:
-    warm, cold = (measure(conv(8, 4), plan=replace(PLAN, cache=cache))[0] for cache in ("warm", "cold"))
+    warm, cold = (measure(conv(8, 4), plan=replace(PLAN, sweep_bytes=n))[0] for n in (0, COLD_SWEEP_BYTES))
     assert cold.repeat == 1 < warm.repeat
     assert min(cold.samples_ms) > min(warm.samples_ms)  # by a factor of about 5
 

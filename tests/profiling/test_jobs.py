@@ -12,7 +12,7 @@ import pytest
 from latbench.errors import UsageError
 from latbench.graph.ir import Graph
 from latbench.graph.ops import BatchNorm2d
-from latbench.measure.base import SamplingPlan
+from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
 from latbench.profiling.jobs import GraphJob, OnnxJob, chunks, estimate_s, jobs_of
 from latbench.spaces.base import Arch, Decision, SearchSpace
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
@@ -129,3 +129,12 @@ def test_networks_run_alone_for_longer_and_blocks_do_not() -> None:
         assert job.alone == (job.row.kind == "network")
         longer = job.plan(plan).block_s > plan.block_s and job.plan(plan).warmup_s > plan.warmup_s
         assert longer == job.alone
+
+
+@pytest.mark.parametrize(("sweep_bytes", "kept"), [(0, 0), (14 << 20, 0), (COLD_SWEEP_BYTES, COLD_SWEEP_BYTES)])
+def test_a_network_is_swept_by_a_cold_plan_only(sweep_bytes: int, kept: int) -> None:
+    """What stands for the rest of a network is not put beside a whole one."""
+    space = MobileNetV1Space(resolution=32, levels=2)
+    block, *_, network = jobs_of(space, networks=[(0,) * 14])
+    plan = SamplingPlan(sweep_bytes=sweep_bytes)
+    assert (block.plan(plan).sweep_bytes, network.plan(plan).sweep_bytes) == (sweep_bytes, kept)
