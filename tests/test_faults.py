@@ -45,7 +45,12 @@ class Run:
         command = [sys.executable, "-c", program, *ARGS, "-o", str(self.table), *more]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp), "PYTHONWARNINGS": "error"}
         self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
         )
 
     def end(self) -> tuple[int, str, str]:
@@ -64,6 +69,11 @@ class Run:
         """Until n measurements are in the spool, or the process has ended."""
         while len(self.records()) < n and self.process.poll() is None:
             time.sleep(0.005)
+
+
+def heed_interrupts() -> None:
+    """Shells start background jobs with SIGINT ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def gone(pid: int, workers: Workers) -> bool:
