@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from io import FileIO
 from time import perf_counter_ns
 
@@ -36,14 +35,10 @@ def timer_cost_ns() -> float:
 class WaitClock:
     """Time that this thread stood ready without a core: Linux' run-queue delay, from schedstat; 0 elsewhere."""
 
-    def __init__(self) -> None:
-        self._file: FileIO | None = None
-        with contextlib.suppress(OSError):
-            self._file = FileIO("/proc/thread-self/schedstat")
-
     def ns(self) -> int:
         """Nanoseconds since the thread began."""
-        if self._file is None:
+        try:
+            with FileIO("/proc/thread-self/schedstat") as file:
+                return int(file.read(128).split()[1])
+        except OSError:
             return 0
-        self._file.seek(0)
-        return int(self._file.read(128).split()[1])
