@@ -39,7 +39,7 @@ class SamplingPlan:
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`
-    sweep_bytes: int = 0  # memory read through between inferences, out of the caches' point of view; 0: warm caches
+    sweep_bytes: int = 0  # other memory read between two inferences; 0: the caches stay warm
     load_limit_s: float = 120.0  # limits per stage: past them the worker is killed and the row says where
     warmup_limit_s: float = 60.0
     measure_limit_s: float = 120.0
