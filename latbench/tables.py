@@ -6,7 +6,6 @@ The file is one row group sequence of ``Row`` columns; its key-value metadata ho
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from latbench.errors import MissingEntryError, ProvenanceConflictError, SchemaMismatchError, TableError
+from latbench.files import replace_file, why_not
 from latbench.provenance import Provenance, canonical_json
 from latbench.signatures import nearest, shorten
 
@@ -279,36 +279,15 @@ class LatencyTable:
 
     def write(self, path: Path | str) -> None:
         """Atomic: a temporary file beside `path`, synced, renamed. Raises TableError; the old file is then intact."""
-        path = Path(path).resolve()  # a link stays a link
+        path = Path(path)
         meta = {"schema": SCHEMA_VERSION, "provenance": self.provenance.to_dict(), "notes": self.notes}
         data = self.data.replace_schema_metadata({_METADATA: json.dumps(meta, allow_nan=False)})
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            if path.is_dir():
-                raise IsADirectoryError(0, "it is a directory")
-            with beside.open("wb") as file:
-                pq.write_table(data, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except (OSError, pa.ArrowException) as error:
-            why = getattr(error, "strerror", None) or _one_line(error)
-            kept = "the file that was there is unchanged" if path.is_file() else "nothing was written"
-            raise TableError(f"cannot write {path}: {why}; {kept}, make room or choose another -o") from None
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            replace_file(path, lambda file: pq.write_table(data, file, compression="zstd", write_page_checksum=True))
+        except pa.ArrowException as error:
+            raise TableError(why_not(OSError(_one_line(error)), path)) from None
+        except OSError as error:
+            raise TableError(why_not(error, path)) from None
 
 
 def _with_ms(data: pa.Table) -> pd.DataFrame:
