@@ -69,6 +69,7 @@ class Row:
     repeat: int | None = None  # inferences per sample
     clock: str | None = None  # host | cuda_event | model
     clock_probe_us: float | None = None
+    cache_probe_us: float | None = None  # of the networks' blocks that count: measure.probe.CacheProbe
     order: int | None = None
     started_at: float | None = None  # Unix time, s
     stop_reason: str | None = None
@@ -88,7 +89,7 @@ class Row:
     probe_at: tuple[int, ...] = ()  # samples of its block taken before each probe: 0 begins the next block's
     block_flags: tuple[
         str, ...
-    ] = ()  # why a block was left out of the figures: "foreign_load", "drift"; "" if it was not
+    ] = ()  # why a block was left out of the figures: "foreign_load", "drift", ...; "" if not
 
 
 _HINTS = get_type_hints(Row)

@@ -39,6 +39,7 @@ class SamplingPlan:
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`
+    quiet_wait_s: float = 0.25  # how long a network may wait for a moment without pressure on the shared cache; 0: no
     sweep_bytes: int = 0  # other memory read between two inferences; 0: the caches stay warm
     load_limit_s: float = 120.0  # limits per stage: past them the worker is killed and the row says where
     warmup_limit_s: float = 60.0
@@ -58,6 +59,8 @@ class SamplingPlan:
             raise UsageError("a maximum is below its minimum")
         if min(self.block_s, self.max_time_s, self.load_limit_s, self.warmup_limit_s, self.measure_limit_s) <= 0:
             raise UsageError("block_s, max_time_s and the limits must be positive")
+        if not 0 <= self.quiet_wait_s <= 60:
+            raise UsageError(f"quiet_wait_s must lie between 0 and 60, got {self.quiet_wait_s}")
         if not 0 <= self.sweep_bytes <= MAX_SWEEP_BYTES:
             raise UsageError(f"sweep_bytes must lie between 0 and {MAX_SWEEP_BYTES}, got {self.sweep_bytes}")
 
@@ -73,6 +76,7 @@ class Request:
     plan: SamplingPlan
     order: int = 0  # position in the session
     fresh: bool = False  # in a worker process that has loaded nothing before
+    quiet_us: float = 0.0  # the cache probe below which a moment counts as quiet; 0: not known yet
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -98,9 +102,10 @@ class Measurement:
     warmup_ms: float = 0.0
     probes_us: tuple[float, ...] = ()  # clock probes before, amid and behind the samples; empty: no probe here
     probe_at: tuple[int, ...] = ()  # how many samples were taken before each probe
+    cache_us: tuple[float, ...] = ()  # cache probes before and behind the samples; empty: not asked for
     wait_ms: float = 0.0  # time the worker waited for a core during the samples
     peak_memory_bytes: int = 0  # of the worker process
-    warnings: tuple[str, ...] = ()  # throttled, foreign_load, near_timer_floor, ...
+    warnings: tuple[str, ...] = ()  # throttled, foreign_load, cache_pressure, near_timer_floor, ...
     stage: str | None = None  # where it failed: load | warmup | measure
     error: str | None = None
 

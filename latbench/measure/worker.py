@@ -26,8 +26,9 @@ import numpy as np
 from latbench.backends.base import Backend, Runner
 from latbench.errors import LatbenchError
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
-from latbench.measure.probe import WaitClock, probe_us, timer_cost_ns
+from latbench.measure.probe import CacheProbe, WaitClock, probe_us, timer_cost_ns
 
+QUIET_RUNS = 6  # inferences between a cache probe and the samples
 Say = Callable[[dict[str, Any]], None]
 
 FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
@@ -131,6 +132,7 @@ class Sampler:
         self.probed = backend.clock == "host"
         self.probe: Callable[[], float] = probe_us if self.probed else lambda: 0.0
         self.sweep = np.zeros(0, np.float32)
+        self.cache: CacheProbe | None = None  # made when first asked for: 12 MiB
 
     def measure(self, request: Request, say: Say) -> Measurement:
         """One block of samples; errors of the runtime come back as values."""
@@ -154,7 +156,11 @@ class Sampler:
                 about["first_inference_ms"], single_ms = warm_up(runner, plan)
                 about["warmup_ms"] = 1e3 * (time.perf_counter() - begin)
                 say({"stage": (stage := "measure")})
+                quiet = plan.quiet_wait_s > 0 and self.probed
+                cache_us = self.await_quiet(runner, request) if quiet else ()
                 about |= self.block(runner, plan, single_ms)
+                if quiet and self.cache is not None:
+                    about["cache_us"] = (*cache_us, self.cache.us())
                 about["peak_memory_bytes"] = peak_memory_bytes()
             return Measurement(**about)
         except LatbenchError as error:
@@ -206,6 +212,20 @@ class Sampler:
             "probe_at": tuple(probe_at) if self.probed else (),
             "warnings": tuple(warnings),
         }
+
+    def await_quiet(self, runner: Runner, request: Request) -> tuple[float, ...]:
+        """Waits for a quiet moment of the shared cache, as long as the plan allows; the last cache probe.
+
+        The probe displaces the model: a few inferences bring it back.
+        """
+        self.cache = self.cache or CacheProbe()
+        end = time.perf_counter() + request.plan.quiet_wait_s
+        us = self.cache.us()
+        while us > request.quiet_us > 0 and time.perf_counter() < end:
+            us = self.cache.us()
+        for _ in range(QUIET_RUNS):
+            runner.sample(1)
+        return (us,)
 
     def evict(self, nbytes: int) -> None:
         """Read so much other memory, at the speed of the caches."""

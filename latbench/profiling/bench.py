@@ -25,7 +25,15 @@ Fold = Literal["auto", "on", "off"]
 
 # One network gets more care than a row among thousands: blocks of 0.1 s in five processes or more, 1 %.
 BENCH_PLAN = SamplingPlan(
-    precision=0.01, block_s=0.1, rounds=1, runs=5, min_time_s=0.5, max_time_s=20.0, warmup_s=0.1, canary_every=0
+    precision=0.01,
+    block_s=0.1,
+    rounds=1,
+    runs=5,
+    min_time_s=0.5,
+    max_time_s=20.0,
+    warmup_s=0.1,
+    canary_every=0,
+    quiet_wait_s=0,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,12 @@ from latbench.measure.statistics import CRITERIA, PROCESS_TERM, Estimate, estima
 from latbench.tables import Row
 
 THROTTLED = 1 / 0.9  # probe time over the session's beyond which a block ran at less than 90 % of the clock
-FLAGS = ("foreign_load", "throttled", "drift")  # a block with one of these is left out where others remain
+FLAGS = (
+    "foreign_load",
+    "throttled",
+    "drift",
+    "cache_pressure",
+)  # a block with one of these is left out where others remain
 
 
 class Progress:
@@ -36,10 +41,10 @@ class Progress:
             measurement = replace(measurement, warnings=(*measurement.warnings, "throttled"))
         self.blocks.append(measurement)
 
-    def flag(self, orders: range, warning: str) -> None:
-        """Flags the blocks taken at these positions of the session."""
+    def flag(self, warning: str, where: Callable[[Measurement], bool]) -> None:
+        """Flags the blocks that `where` says."""
         self.blocks = [
-            replace(b, warnings=(*b.warnings, warning)) if b.order in orders and warning not in b.warnings else b
+            replace(b, warnings=(*b.warnings, warning)) if where(b) and warning not in b.warnings else b
             for b in self.blocks
         ]
 
@@ -145,6 +150,7 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
         stop_reason=progress.stop_reason(),
         first_inference_ms=blocks[0].first_inference_ms,
         load_ms=float(np.median([b.load_ms for b in blocks])),
+        cache_probe_us=float(np.median(cache_us)) if (cache_us := [us for b in used for us in b.cache_us]) else None,
         wait_ms=sum(b.wait_ms for b in blocks),
         peak_memory_bytes=max(b.peak_memory_bytes for b in blocks) or None,
         warnings=tuple(sorted(warnings)),

@@ -21,6 +21,8 @@ from latbench.profiling.scratch import scratch
 from latbench.tables import Row
 
 CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
+QUIET_SLACK = 0.08  # above the lower quartile of the cache probes a moment no longer counts as quiet
+MIN_CACHE_PROBES = 20
 EXTRA_ROUNDS = 4  # more blocks of samples, in one more process, that a row may get when the plan is not met
 
 
@@ -56,6 +58,7 @@ class Session:
     deadline: float = float("inf")  # time.monotonic()
     progress: dict[str, Progress] = field(default_factory=dict)  # by key of the graph that runs
     canary_ms: list[tuple[int, float]] = field(default_factory=list)  # (order, at the reference clock)
+    cache_us: list[float] = field(default_factory=list)  # every cache probe so far
     order: int = 0
     judged: int = 0  # drift among the canaries before this order is known
     finished: set[str] = field(default_factory=set)  # keys whose row is final
@@ -66,6 +69,7 @@ class Session:
         for measurement in measurements:
             if measurement.run != run:  # as then: drift is judged at the end of each worker process
                 self._flag_drift()
+                self._flag_pressure()
                 run = measurement.run
             self._take(measurement)
             self.order = max(self.order, measurement.order + 1)
@@ -114,6 +118,7 @@ class Session:
                 yield min(1.0, n_done / n_requests)
             if self.order > first:  # a run that an earlier session did has been judged
                 self._flag_drift()
+                self._flag_pressure()
         for job in part:  # no more tries: what there is becomes the row
             self.progress[job.key].closed = True
             self.finished.add(job.key)
@@ -141,11 +146,14 @@ class Session:
     def _request(self, key: str, paths: Mapping[str, Path], run: int, index: int, jobs: Mapping[str, Job]) -> Request:
         self.order += 1
         job = jobs[key]
-        return Request(key, str(paths[key]), run, index, job.plan(self.plan), self.order - 1, job.alone)
+        plan = job.plan(self.plan)
+        quiet_us = self._quiet_us() if plan.quiet_wait_s else 0.0
+        return Request(key, str(paths[key]), run, index, plan, self.order - 1, job.alone, quiet_us)
 
     def _take(self, measurement: Measurement) -> None:
         progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))
         progress.add(measurement)
+        self.cache_us += measurement.cache_us
         if measurement.key != CANARY.key:
             self._settle(measurement.key)
         elif measurement.status == "ok":
@@ -174,8 +182,23 @@ class Session:
         for (start, before), (end, after) in pairwise(recent):
             if min(abs(before / centre - 1), abs(after / centre - 1)) > self.plan.canary_drift:
                 for key in self.progress.keys() - {CANARY.key}:
-                    self.progress[key].flag(range(start, end + 1), "drift")
+                    self.progress[key].flag("drift", lambda b, orders=range(start, end + 1): b.order in orders)  # type: ignore[misc]
                     self._settle(key)
+
+    def _quiet_us(self) -> float:
+        """What a cache probe reads in a quiet moment, and a little more; 0 while there are too few to tell."""
+        if len(self.cache_us) < MIN_CACHE_PROBES:
+            return 0.0
+        return (1 + QUIET_SLACK) * statistics.quantiles(self.cache_us, n=4)[0]
+
+    def _flag_pressure(self) -> None:
+        """Flags the blocks of networks that were not taken in a quiet moment."""
+        if not (quiet_us := self._quiet_us()):
+            return
+        for key, progress in self.progress.items():
+            if any(b.cache_us for b in progress.blocks):
+                progress.flag("cache_pressure", lambda b: bool(b.cache_us) and max(b.cache_us) > quiet_us)
+                self._settle(key)
 
     def canary_notes(self) -> dict[str, float]:
         """How steady the reference block was: relative spread (5-95 %) and worst deviation from its median."""

@@ -316,3 +316,28 @@ def test_no_room_for_a_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     one, _ = session()
     with pytest.raises(MeasurementError, match=r"cannot write a model to .*: No space left on device; .* TMPDIR"):
         one.measure(jobs(1))
+
+
+def test_networks_under_cache_pressure_are_taken_again_and_told_what_is_quiet() -> None:
+    def script(request: Request, visit: int) -> Measurement:
+        one = steady(request, visit)
+        if request.plan.quiet_wait_s == 0:
+            return one
+        pressed = visit == 2
+        samples = tuple((1.2 if pressed else 1.0) * s for s in one.samples_ms)
+        return replace(one, samples_ms=samples, cache_us=(150.0, 190.0 if pressed else 150.0))
+
+    networks = [replace(job, alone=True) for job in jobs(12)]
+    block = GraphJob(jobs(13)[-1].graph, jobs(13)[-1].row)
+    one, launcher = session(script)
+    one.measure([*networks, block])
+    for job in networks:
+        row = finish(job.row, one.progress[job.key])
+        assert row.block_flags == ("", "", "cache_pressure", "", "")  # taken once more, and kept
+        assert row.latency_ms == pytest.approx(1.001)
+        assert row.cache_probe_us == 150
+    assert finish(block.row, one.progress[block.key]).cache_probe_us is None
+    asked = [r.quiet_us for r in launcher.requests if r.key != block.key]
+    assert asked[0] == 0  # too few probes to tell
+    assert asked[-1] == pytest.approx(150 * 1.08)
+    assert all(r.quiet_us == 0 for r in launcher.requests if r.key == block.key)
