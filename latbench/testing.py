@@ -350,9 +350,7 @@ class OracleConformance:
         np.testing.assert_allclose(single.numpy(), expected.detach().numpy(), rtol=1e-4)
         expected.sum().backward()
         rng, scale = np.random.default_rng(3), float(expected.detach().mean())
-        for _ in range(20):
-            d = int(rng.integers(probs.shape[1]))
-            at = (int(rng.integers(2)), d, int(rng.integers(len(self.oracle.space.decisions[d].options))))
+        for at in map(tuple, rng.permutation(np.argwhere(probs > 0))[:20].tolist()):
             step = np.zeros_like(probs)
             step[at] = 1e-5
             up, down = self.oracle.expected_latency(probs + step), self.oracle.expected_latency(probs - step)

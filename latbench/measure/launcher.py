@@ -44,7 +44,8 @@ class LocalLauncher:
 
     A worker that dies is replaced and its request tried once more, then recorded as an error; one that passes the
     limit of its stage is killed with its whole process group, and recorded as a time-out. Use as a context manager:
-    leaving it kills the worker, whatever happened.
+    leaving it kills the worker, whatever happened. `python` is the worker's interpreter (3.9 or later, with numpy and
+    the runtime): of another one's packages it sees this one's latbench only.
     """
 
     def __init__(self, setup: WorkerSetup, *, python: str = sys.executable) -> None:
@@ -52,6 +53,7 @@ class LocalLauncher:
         self.conditions: dict[str, Any] = {}  # as the latest worker reported them; the clock as the first saw it
         self._worker: _Worker | None = None
         self._spares: deque[_Worker] = deque()
+        self._package = _Package(python)
 
     def __enter__(self) -> LocalLauncher:
         return self
@@ -60,6 +62,7 @@ class LocalLauncher:
         self._stop()
         while self._spares:
             self._spares.pop().kill()
+        self._package.remove()
 
     def prepare(self, workers: int) -> None:
         """Lets so many workers start beside what the parent does next, before anything is measured.
@@ -67,15 +70,15 @@ class LocalLauncher:
         Later ones are then at hand at once: a new run, or a crash, costs no start in the midst of measuring.
         """
         while len(self._spares) + (self._worker is not None) < workers:
-            self._spares.append(_Worker(self.setup, self.python))
+            self._spares.append(_Worker(self.setup, self._package))
 
     def start(self) -> dict[str, Any]:
         """Starts a worker where there is none; gives its conditions. Raises MeasurementError where it cannot start."""
         if self._worker is None:
             if not self.conditions:
-                self._worker = _Worker(replace(self.setup, calibrate_s=CALIBRATE_S), self.python)
+                self._worker = _Worker(replace(self.setup, calibrate_s=CALIBRATE_S), self._package)
             else:
-                self._worker = self._spares.popleft() if self._spares else _Worker(self.setup, self.python)
+                self._worker = self._spares.popleft() if self._spares else _Worker(self.setup, self._package)
             try:
                 self.conditions = {**self.conditions, **self._worker.wait_ready()}
             except BaseException:
@@ -181,25 +184,76 @@ def _failed(request: Request, status: Literal["error", "timeout"], stage: str, e
     )
 
 
+class _Package:
+    """What an interpreter needs to run the worker: its command, and an environment in which it finds latbench.
+
+    Another interpreter must not see this one's packages, compiled for it: only latbench, through a link in a folder of
+    its own.
+    """
+
+    def __init__(self, python: str) -> None:
+        self.python = python
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        package = Path(__file__).parents[1]
+        inherited = [os.environ.get("PYTHONPATH")]
+        if python == sys.executable:
+            self._root = str(package.parent)
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="latbench-worker-")
+            self._root, inherited = self._folder.name, []
+            (Path(self._root) / package.name).symlink_to(package)
+        self._path = os.pathsep.join(filter(None, (self._root, *inherited)))
+
+    def environment(self) -> dict[str, str]:
+        """Allow-listed, and numpy's own thread pools out of the way: threads are the runtime's, set by its options."""
+        kept = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
+        if self._folder is not None:
+            kept.pop("VIRTUAL_ENV", None)
+        kept |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        return {**kept, "PYTHONPATH": self._path}
+
+    def remove(self) -> None:
+        """Takes the link away."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def describe(backend: str, python: str = sys.executable) -> dict[str, Any]:
+    """What a back-end ("module:Class") says of itself in an interpreter: problem (None: it works), versions, python.
+
+    Raises MeasurementError where the interpreter cannot run the worker.
+    """
+    package = _Package(python)
+    command = [python, "-m", "latbench.measure.worker", "--describe", backend]
+    try:
+        run = subprocess.run(
+            command, env=package.environment(), capture_output=True, text=True, timeout=START_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MeasurementError(f"the worker's interpreter {python} cannot be run: {error}") from error
+    finally:
+        package.remove()
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1]
+        raise MeasurementError(f"the worker's interpreter {python} cannot run latbench.measure: {last[:500]}")
+    said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return said
+
+
 class _Worker:
     """One worker process and its pipe."""
 
-    def __init__(self, setup: WorkerSetup, python: str) -> None:
+    def __init__(self, setup: WorkerSetup, package: _Package) -> None:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
-        environment = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
-        # one source of threads is the runtime, set by its options; numpy's own pools stay out of the way
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        root = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
+            [package.python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
             pass_fds=(to_read, to_write),
             stdin=subprocess.DEVNULL,
             stdout=self._stderr,
             stderr=self._stderr,
-            env=environment,
+            env=package.environment(),
             start_new_session=True,  # its own process group to kill, its own autogroup to prefer
         )
         os.close(to_read)

@@ -27,7 +27,7 @@ class CacheProbe:
     """How much of the last-level cache neighbours leave us at this moment.
 
     Virtual machines share it: a network whose weights fill half of it runs 3 to 20 % slower while others press, for
-    tenths of a second at a time. How long 12 MiB take to read again tells: beside MobileNets of 16 MiB its Spearman with
+    tenths of a second at a time. The time to read 12 MiB again tells: beside MobileNets of 16 MiB its Spearman with
     their latency is 0.6 to 0.75; in the quietest fifth of the moments their 10-90 % range shrinks from 12 to 4 %.
     """
 

@@ -2,7 +2,12 @@
 
 Started by the launcher as ``python -m latbench.measure.worker READ_FD WRITE_FD PARENT_PID``; one JSON line each way:
 a WorkerSetup first, answered by {"ready": ...}; then a Request a line, answered by {"stage": ...} lines as it goes and
-by one {"measurement": ...}. Runs on Python 3.9 and later.
+by one {"measurement": ...}. With ``--describe MODULE:CLASS`` it only prints what that back-end says of itself. Runs on
+Python 3.9 and later.
+
+What a back-end or a runner may add to its protocol, by attributes that are asked for here only: ``backend.timer_ns``,
+what reading its clock costs; ``runner.evict(nbytes)``, for caches that are not the CPU's; ``runner.notes()``, words for
+the row.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import numpy as np
 from latbench.backends.base import Backend, Runner
 from latbench.errors import LatbenchError
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
+from latbench.measure.monitor import Monitor, NoMonitor, monitor_of
 from latbench.measure.probe import CacheProbe, WaitClock, probe_us, timer_cost_ns
 
 QUIET_RUNS = 6  # inferences between a cache probe and the samples
@@ -38,6 +44,9 @@ PROBE_EVERY_S = 0.001
 
 
 def main() -> None:
+    if sys.argv[1] == "--describe":
+        print(json.dumps(describe(sys.argv[2])))  # noqa: T201  (its answer)
+        return
     read_fd, write_fd, parent_pid = map(int, sys.argv[1:4])
     lines = os.fdopen(read_fd, "r", encoding="utf-8")
     out = os.fdopen(write_fd, "w", encoding="utf-8")
@@ -50,11 +59,12 @@ def main() -> None:
     setup = WorkerSetup(**json.loads(lines.readline()))
     try:
         backend, conditions = prepare(setup)
+        monitor = monitor_of(backend)
     except LatbenchError as error:
         say({"failed": str(error)})
         return
-    say({"ready": conditions})
-    sampler = Sampler(backend)
+    say({"ready": {**conditions, **monitor.conditions()}})
+    sampler = Sampler(backend, monitor)
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -66,6 +76,20 @@ def main() -> None:
             say({"layers": sampler.layers(request)})
         else:
             say({"measurement": sampler.measure(request, say).to_dict()})
+
+
+def describe(spec: str) -> dict[str, Any]:
+    """Why a back-end does not work in this interpreter (None: it does), its versions, and the interpreter's."""
+    module, _, name = spec.partition(":")
+    try:
+        backend = getattr(importlib.import_module(module), name)
+        backend.available()
+        return {"problem": None, "versions": backend.versions(), "python": sys.version.split()[0]}
+    except LatbenchError as error:
+        problem = str(error)
+    except ImportError as error:
+        problem = f"{type(error).__name__}: {error}"
+    return {"problem": problem, "versions": {}, "python": sys.version.split()[0]}
 
 
 def prepare(setup: WorkerSetup) -> tuple[Backend, dict[str, Any]]:
@@ -125,10 +149,11 @@ def raise_priority() -> str:
 class Sampler:
     """Measures one request after another on one back-end."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, monitor: Monitor | None = None) -> None:
         self.backend = backend
+        self.monitor = monitor or NoMonitor()
         self.wait = WaitClock()
-        self.timer_ns = timer_cost_ns()
+        self.timer_ns: float = getattr(backend, "timer_ns", None) or timer_cost_ns()
         self.probed = backend.clock == "host"
         self.probe: Callable[[], float] = probe_us if self.probed else lambda: 0.0
         self.sweep = np.zeros(0, np.float32)
@@ -173,6 +198,7 @@ class Sampler:
     def block(self, runner: Runner, plan: SamplingPlan, single_ms: float) -> dict[str, Any]:
         """Samples for `block_s`, with clock probes around and amid them and the time lost to other processes."""
         swept = plan.sweep_bytes > 0
+        evict = getattr(runner, "evict", self.evict)
         repeat = 1 if swept else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
         n_blocks = plan.rounds * plan.runs
         n_min = math.ceil(plan.min_samples / n_blocks)
@@ -183,7 +209,7 @@ class Sampler:
         started_at, waited = time.time(), self.wait.ns()
         while True:
             if swept:
-                self.evict(plan.sweep_bytes)
+                evict(plan.sweep_bytes)
             ms = runner.sample(repeat)
             samples.append(round(ms / repeat, 7))
             spent += ms
@@ -198,7 +224,7 @@ class Sampler:
         wait_ms = (self.wait.ns() - waited) / 1e6
         probes.append(self.probe())
         probe_at.append(len(samples))
-        warnings = []
+        warnings = [*self.monitor.look(), *getattr(runner, "notes", tuple)()]
         if wait_ms > FOREIGN_LOAD * spent + 0.02:
             warnings.append("foreign_load")
         if repeat == 1 and self.timer_ns / 1e6 > plan.timer_share * 2 * single_ms:

@@ -109,15 +109,22 @@ class Outcome:
     seconds: float
 
 
-def wanted(space: SearchSpace, target: Target, networks: int = 0, only: str | None = None) -> list[Job]:
-    """The jobs of a profile command. `only`: the row of this key and the stubs it needs. Raises UsageError."""
-    rng = np.random.default_rng(target.plan.seed)
-    archs: list[Arch] = []
-    while len(archs) < min(networks, space.size):
-        arch = space.sample(rng)
-        if arch not in archs:
-            archs.append(arch)
+def wanted(
+    space: SearchSpace,
+    target: Target,
+    networks: int | Sequence[Arch] = 0,
+    only: str | None = None,
+    *,
+    blocks: bool = True,
+) -> list[Job]:
+    """The jobs of a profile command.
+
+    `networks`: how many to sample, or which. `only`: the row of this key and the stubs it needs. Raises UsageError.
+    """
+    archs = sampled(space, networks, target.plan.seed) if isinstance(networks, int) else list(networks)
     jobs = jobs_of(space, context=target.context, networks=archs, fold_bn=target.fold_bn)
+    if not blocks:
+        jobs = [job for job in jobs if job.row.kind == "network"]
     if only is None:
         return jobs
     chosen = [job for job in jobs if job.row.key.startswith(only)]
@@ -125,6 +132,15 @@ def wanted(space: SearchSpace, target: Target, networks: int = 0, only: str | No
         raise UsageError(f"{space.name} has no block with key {only} at these settings (keys: latbench show TABLE)")
     needed = {key for job in chosen for key in job.row.stubs}
     return [job for job in jobs if job in chosen or (job.row.kind == "stub" and job.row.key in needed)]
+
+
+def sampled(space: SearchSpace, n: int, seed: int) -> list[Arch]:
+    """`n` distinct architectures, or all there are where the space is smaller."""
+    rng = np.random.default_rng(seed)
+    archs: dict[Arch, None] = {}
+    while len(archs) < min(n, space.size):
+        archs[space.sample(rng)] = None
+    return list(archs)
 
 
 def median_weight_bytes(space: SearchSpace) -> int:
@@ -144,8 +160,9 @@ def profile(
     target: Target,
     out: Path,
     *,
-    networks: int = 0,
+    networks: int | Sequence[Arch] = 0,
     only: str | None = None,
+    blocks: bool = True,
     budget_s: float = float("inf"),
     reporter: Reporter | None = None,
 ) -> Outcome:
@@ -155,7 +172,7 @@ def profile(
     command goes on from there. Raises TableBusyError, ProvenanceConflictError, BackendUnavailableError, TableError.
     """
     begin = time.monotonic()
-    jobs = wanted(space, target, networks, only)
+    jobs = wanted(space, target, networks, only, blocks=blocks)
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent} is no directory: make it, or choose another -o")
     with target.launcher() as launcher:
