@@ -308,7 +308,7 @@ class OracleConformance:
     def test_batches_of_any_integer_type_and_size(self) -> None:
         archs = self.archs()
         want = self.oracle.latencies(archs)
-        for dtype in (np.uint8, np.int32, np.uint64):
+        for dtype in (np.uint8 if archs.max() < 256 else np.uint16, np.int32, np.uint64):
             np.testing.assert_array_equal(self.oracle.latencies(archs.astype(dtype)), want)
         np.testing.assert_allclose(self.oracle.latencies(archs[:1]), want[:1], rtol=1e-12)
         assert self.oracle.latencies(archs[:0]).shape == (0,)

@@ -391,13 +391,12 @@ def _curve_kernel(a: Floats, b: Floats, ratio_a: Floats, ratio_b: Floats, width:
 
 
 def _canonical(space: SearchSpace, archs: Archs) -> NDArray[np.int64]:
-    """The architectures with what their networks leave out silenced, where the space knows how."""
-    canonical = getattr(space, "canonical", None)
+    """The architectures in their one spelling: what a network leaves out is silenced."""
     array = np.asarray(archs, np.int64)
-    if canonical is None:
+    if type(space).canonical is SearchSpace.canonical:
         return array
     distinct, back = np.unique(array, axis=0, return_inverse=True)
-    found = np.array([canonical(tuple(int(i) for i in arch)) for arch in distinct], np.int64)
+    found = np.array([space.canonical(tuple(int(i) for i in arch)) for arch in distinct], np.int64)
     return found.reshape(-1, array.shape[1])[back.ravel()]
 
 

@@ -90,6 +90,11 @@ class SearchSpace(ABC):
         """An architecture, each decision uniform over its options."""
         return tuple(int(rng.integers(len(decision.options))) for decision in self.decisions)
 
+    def canonical(self, arch: Arch) -> Arch:
+        """The one spelling of the network that `arch` means, where a space has several. Default: as it is."""
+        self.check(arch)
+        return arch
+
     def check(self, arch: Arch) -> None:
         """Raises UsageError, naming the decision, where `arch` has the wrong length or an index out of range."""
         names = [decision.name for decision in self.decisions]

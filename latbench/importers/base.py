@@ -1,0 +1,199 @@
+"""What the formats share: the file and what is known of it, checked numbers, rows of blocks and networks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from latbench.errors import TableError, UsageError
+from latbench.graph.ir import Graph
+from latbench.provenance import Provenance
+from latbench.spaces.base import Arch, SearchSpace, Site
+from latbench.tables import Row
+
+MAX_BYTES = 256 * 2**20  # of any file: the largest public table is 20 MiB
+
+_TO_MS: Mapping[str, Callable[[float], float]] = {  # divisions, not products: 0.001 is no binary fraction
+    "ms": lambda value: value,
+    "us": lambda value: value / 1000,
+    "s": lambda value: value * 1000,
+}
+UNITS = tuple(_TO_MS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of figures, and what is known of how they were made."""
+
+    path: Path
+    device: str = "unknown"  # name of a device profile, or the user's own word
+    device_name: str = "unknown"
+    framework: str = "unknown"
+    versions: Mapping[str, str] | None = None
+    command: str = ""
+
+    @cached_property
+    def data(self) -> bytes:
+        """The file's bytes. Raises TableError where it cannot be read or exceeds ``MAX_BYTES``."""
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise TableError(f"{self.path} is larger than {MAX_BYTES >> 20} MiB: no published table is")
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise TableError(f"cannot read {self.path}: {error.strerror}; check the path") from None
+        if not data:
+            raise TableError(f"{self.path} is empty")
+        return data
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @cached_property
+    def text(self) -> str:
+        """The file as UTF-8. Raises TableError where it is something else."""
+        try:
+            return self.data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TableError(f"{self.path} is no text: byte {error.start} is not UTF-8") from None
+
+    def wrong(self, where: str, why: str) -> TableError:
+        """What to raise about one place of the file."""
+        return TableError(f"{self.path}: {where}: {why}; nothing was imported")
+
+    def provenance(self, space: SearchSpace | None, file_format: str, **facts: Any) -> Provenance:
+        """Of a table made from this file. `facts`: further conditions, JSON values."""
+        return Provenance(
+            device=self.device,
+            device_name=self.device_name,
+            backend=self.framework,
+            versions=dict(self.versions or {}),
+            space=space.name if space else "",
+            settings=space.settings() if space else {},
+            policy={"imported": file_format, **facts},
+            command=self.command,
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            parents=(self.sha256,),
+        )
+
+
+def to_ms(source: Source, value: Any, unit: str, where: str, *, zero: bool = False) -> float:
+    """`value` in ms. Raises TableError, naming `where`, unless it is a positive (`zero`: or no) finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise source.wrong(where, f"{shown(value)} is no number")
+    try:
+        ms = _TO_MS[unit](float(value))
+    except OverflowError:
+        ms = math.inf
+    if not math.isfinite(ms) or ms < 0 or (ms == 0 and not zero):
+        raise source.wrong(
+            where, f"a latency of {ms} ms: it must be finite and {'no less than' if zero else 'above'} 0"
+        )
+    return ms
+
+
+def shown(value: object) -> str:
+    """A value in an error: short, and safe where it is nested or enormous."""
+    return (
+        repr(value)[:60] if isinstance(value, str | float | bool | None) else f"a value of type {type(value).__name__}"
+    )
+
+
+def known_unit(unit: str | None, hint: str = "") -> str:
+    """The unit that was given, or that a column's name holds (``latency_ms_1080ti``). Raises UsageError."""
+    named = [part for part in hint.lower().split("_") if part in ("ms", "us")]
+    if unit is not None and unit not in UNITS:
+        raise UsageError(f"unknown unit {unit!r}: {', '.join(UNITS)}")
+    if unit is not None and named and named[0] != unit:
+        raise UsageError(f"--unit {unit}, but the column is called {hint}")
+    if unit is None and not named:
+        raise UsageError("the file does not say its unit: add --unit ms, --unit us or --unit s")
+    return unit or named[0]
+
+
+def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=...)``: refuses what JSON lets pass, a name that repeats."""
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"{name!r} appears twice")
+        out[name] = value
+    return out
+
+
+def parse_json(source: Source, text: str, where: str) -> Any:
+    """One JSON value. Raises TableError, naming `where`."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise source.wrong(where, f"not JSON, or cut off ({why})") from None
+
+
+def json_lines(source: Source) -> Iterator[tuple[str, Any]]:
+    """("line 3", value) of a file with one JSON value a line; blank lines are passed over."""
+    for i, line in enumerate(source.text.splitlines(), 1):
+        if line.strip():
+            yield f"line {i}", parse_json(source, line, f"line {i}")
+
+
+def block_row(graph: Graph, space: SearchSpace, site: Site, latency_ms: float, **more: Any) -> Row:
+    """A block's row."""
+    return Row(
+        key=graph.key,
+        kind="block",
+        signature=graph.signature,
+        space=space.name,
+        site=site.name,
+        block_type=site.block_type,
+        macs=graph.macs,
+        n_params=graph.n_params,
+        latency_ms=latency_ms,
+        **{"origin": "imported", **more},
+    )
+
+
+def network_rows(source: Source, space: SearchSpace, measured: Iterable[tuple[str, Arch, float]]) -> list[Row]:
+    """(where, architecture, ms) in measuring order -> rows. Raises TableError where an architecture repeats.
+
+    Several architectures may spell one graph: NAS-Bench-201 cells with different edges that reach no output. Frameworks
+    that run eagerly execute those edges, and the published figures of one graph differ by up to 2.2 times. So each
+    spelling keeps its row: the first without idle parts has the graph's key, the others have ``key~ARCH``, and no
+    figure stands for a graph that was not what ran. Cost: building a network's graph, 1 to 2 ms each.
+    """
+    canonical: Callable[[Arch], Arch] = getattr(space, "canonical", tuple)  # spaces of one spelling have none
+    rows: dict[str, Row] = {}
+    seen: dict[Arch, str] = {}
+    for order, (where, arch, ms) in enumerate(measured):
+        if arch in seen:
+            raise source.wrong(where, f"the architecture of {seen[arch]} once more")
+        seen[arch] = where
+        try:
+            graph = space.network(arch)
+        except UsageError as error:
+            raise source.wrong(where, str(error)) from None
+        is_graph = graph.key not in rows and canonical(arch) == arch
+        key = graph.key if is_graph else f"{graph.key}~{space.format_arch(arch)}"
+        rows[key] = Row(
+            key=key,
+            kind="network",
+            signature=graph.signature,
+            space=space.name,
+            block_type="network",
+            arch=arch,
+            macs=graph.macs,
+            n_params=graph.n_params,
+            latency_ms=ms,
+            order=order,
+            origin="imported",
+        )
+    if not rows:
+        raise source.wrong("all of it", "holds no measurement")
+    return list(rows.values())
