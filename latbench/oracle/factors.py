@@ -25,6 +25,7 @@ from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 
 F = TypeVar("F", bound="FactorOracle")
 MISSING = SOURCES.index("missing")
+_ROWS = 64  # architectures that the kernel takes at once: loops over them run in vector registers
 _MAX_TABLE = 50_000_000  # entries of one array while a minimum is sought
 
 
@@ -103,7 +104,7 @@ class FactorOracle:
         out = np.empty(len(array))
         bad = _kernel()(array, *self._flat, out)
         if bad >= 0:
-            check_archs(self.space, array[bad : bad + 1])
+            check_archs(self.space, array[bad : bad + _ROWS])
         gaps = np.isnan(out)
         if gaps.any():
             raise self._missing_in(tuple(int(i) for i in array[int(gaps.argmax())]))
@@ -278,7 +279,7 @@ class FactorOracle:
         decisions = np.array([d for scope, _ in merged for d in scope], np.int64)
         strides = np.array([s for _, v in merged for s in _strides(v.shape)], np.int64)
         values = np.concatenate([np.zeros(0), *(v.ravel() for _, v in merged)])
-        return np.array(self._n_options, np.int64), starts, decisions, strides, offsets, values, constant
+        return np.array(self._n_options, np.uint64), starts, decisions, strides, offsets, values, constant
 
     @cached_property
     def _gap(self) -> tuple[Factor, tuple[int, ...]] | None:
@@ -378,19 +379,30 @@ def _sum_entries(
     archs: Any, n_options: Any, starts: Any, decisions: Any, strides: Any, offsets: Any, values: Any, constant: Any,
     out: Any,
 ) -> int:  # fmt: skip
-    """Fills out (N,); gives the first row with an index out of range, or -1."""
-    n_factors = len(starts) - 1
-    for i in range(archs.shape[0]):
-        fits = True
-        for d in range(archs.shape[1]):
-            fits &= (archs[i, d] >= 0) & (archs[i, d] < n_options[d])
-        if not fits:
-            return i
-        total = constant
-        for f in range(n_factors):
-            at = offsets[f]
+    """Fills out (N,); gives the first of the _ROWS rows that hold an index out of range, or -1."""
+    n_decisions = archs.shape[1]
+    picks, at = np.empty((n_decisions, _ROWS), np.int64), np.empty(_ROWS, np.int64)
+    for start in range(0, archs.shape[0], _ROWS):
+        rows = min(_ROWS, archs.shape[0] - start)
+        for i in range(rows):
+            for d in range(n_decisions):
+                picks[d, i] = archs[start + i, d]
+        wrong = False
+        for d in range(n_decisions):
+            n = n_options[d]
+            for i in range(rows):
+                wrong |= np.uint64(picks[d, i]) >= n  # a negative index wraps to a huge one
+        if wrong:
+            return start
+        for i in range(rows):
+            out[start + i] = constant
+        for f in range(len(starts) - 1):
+            for i in range(rows):
+                at[i] = offsets[f]
             for j in range(starts[f], starts[f + 1]):
-                at += strides[j] * archs[i, decisions[j]]
-            total += values[at]
-        out[i] = total
+                stride, d = strides[j], decisions[j]
+                for i in range(rows):
+                    at[i] += stride * picks[d, i]
+            for i in range(rows):
+                out[start + i] += values[at[i]]
     return -1
