@@ -1,0 +1,215 @@
+"""Transfer to a new device: laws of every oracle, and that sources help where they can and do no harm elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from latbench.errors import TableError, UsageError
+from latbench.oracle.conformal import coverage
+from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.transfer import TransferOracle
+from latbench.oracle.transfer_blend import Ingredient, blend
+from latbench.oracle.transfer_sources import positive, source_model
+from latbench.provenance import Provenance
+from latbench.spaces.fbnet import FBNetSpace
+from latbench.spaces.nasbench201 import NASBench201Space
+from latbench.tables import LatencyTable, Row
+from latbench.testing import FactorOracleConformance
+
+FBNET = FBNetSpace()
+
+
+def truth(seed, space=FBNET):
+    """A device: a launch cost per block and a price per MAC and channel, each with a whim per block."""
+    rng = np.random.default_rng(seed)
+    launch, price, whims, factors = rng.uniform(0.05, 0.3), rng.uniform(1e-8, 2e-7), {}, []
+    for site in space.sites:
+        shape = tuple(len(space.decisions[d].options) for d in site.scope)
+        values = np.zeros(shape)
+        for picks in np.ndindex(shape):
+            block = space.block(site, picks)
+            if block is not None:
+                whim = whims.setdefault((site.scope, block.key), rng.uniform(0.6, 1.4))
+                values[picks] = (launch + price * block.macs) * whim
+        factors.append(Factor(site.name, site.scope, values))
+    return FactorOracle(space, tuple(factors), provenance(f"device {seed}", space))
+
+
+def provenance(name, space=FBNET):
+    return Provenance("", name, "test", space=space.name, settings=space.settings())
+
+
+def table(device, n, seed=0, noise=0.01, outliers=0.0):
+    rng = np.random.default_rng(seed)
+    archs = np.unique([device.space.sample(rng) for _ in range(n)], axis=0)
+    ms = device.latencies(archs) * np.exp(noise * rng.standard_normal(len(archs)))
+    ms = np.where(rng.uniform(size=len(ms)) < outliers, 2 * ms, ms)
+    rows = [
+        Row(key=str(i), kind="network", signature="", arch=tuple(a.tolist()), latency_ms=float(y))
+        for i, (a, y) in enumerate(zip(archs, ms, strict=True))
+    ]
+    return LatencyTable.from_rows(rows, device.provenance)
+
+
+def mape(oracle, device, n=300):
+    rng = np.random.default_rng(99)
+    archs = np.array([device.space.sample(rng) for _ in range(n)])
+    return float(np.abs(oracle.latencies(archs) / device.latencies(archs) - 1).mean())
+
+
+@pytest.fixture(scope="module")
+def fbnet():
+    return TransferOracle.fit(table(truth(1), 12), sources=[table(truth(2), 300), table(truth(3), 300)])
+
+
+@pytest.fixture(scope="module")
+def nasbench201():
+    space = NASBench201Space(num_cells=1)
+    return TransferOracle.fit(table(truth(1, space), 12), sources=[table(truth(2, space), 300)])
+
+
+class TestLargeSpace(FactorOracleConformance):
+    @pytest.fixture(autouse=True)
+    def make(self, fbnet):
+        self.oracle = fbnet
+
+
+class TestSmallSpace(FactorOracleConformance):
+    @pytest.fixture(autouse=True)
+    def make(self, nasbench201):
+        self.oracle = nasbench201
+
+
+def test_the_file_keeps_what_it_was_made_from(fbnet):
+    arrays, meta = fbnet.state()
+    twin = TransferOracle.from_state(fbnet.space, fbnet.provenance, arrays, meta)
+    assert twin.chances == fbnet.chances
+    assert list(fbnet.chances) == [
+        "source 1: device 2",
+        "source 2: device 3",
+        "kernels",
+        "macs",
+        "bytes",
+        "kinds of kernels",
+        "options",
+    ]
+
+
+def test_a_good_source_helps():
+    device, others = truth(1), [table(truth(1), 500, seed=5), table(truth(4), 500)]
+    few = table(device, 12)
+    helped = TransferOracle.fit(few, sources=others)
+    alone = TransferOracle.fit(few, sources=[shuffled(others[0])])
+    assert mape(helped, device) < 0.02
+    assert mape(helped, device) < 0.6 * mape(alone, device)
+    assert helped.chances["source 1: device 1"] > 0.9
+
+
+def shuffled(source):
+    """The same latencies of other networks: a source that says nothing."""
+    rows = list(source.rows())
+    order = np.random.default_rng(0).permutation(len(rows))
+    return LatencyTable.from_rows(
+        [replace(row, latency_ms=rows[int(i)].latency_ms) for row, i in zip(rows, order, strict=True)],
+        source.provenance,
+    )
+
+
+def reversed_of(device):
+    """A device on which every choice costs the opposite: the fast are slow."""
+    flipped = [Factor(f.site, f.scope, f.values.max() + f.values.min() - f.values) for f in device.factors]
+    return FactorOracle(device.space, tuple(flipped), provenance("reversed"))
+
+
+def test_misleading_sources_do_no_harm():
+    ratios = []
+    for seed, n in ((0, 10), (1, 25)):
+        device = truth(seed)
+        few = table(device, n, seed)
+        silent = FactorOracle(FBNET, (Factor("level", (), np.array(1.0)),), provenance("silent"))
+        alone = TransferOracle.fit(few, sources=[silent])
+        misled = TransferOracle.fit(few, sources=[table(reversed_of(truth(9)), 400), shuffled(table(truth(8), 400))])
+        ratios.append(mape(misled, device) / mape(alone, device))
+    assert np.mean(ratios) < 1.1
+
+
+def test_intervals_cover_what_was_not_measured():
+    inside, source = [], source_model(table(truth(50), 300))
+    for seed in range(6):
+        device = truth(seed)
+        oracle = TransferOracle.fit(table(device, 20, seed, noise=0.03), sources=[source], seed=seed)
+        rng = np.random.default_rng(seed)
+        archs = np.array([FBNET.sample(rng) for _ in range(200)])
+        measured = device.latencies(archs) * np.exp(0.03 * rng.standard_normal(200))
+        inside.append(coverage(oracle.interval(archs, 0.9), measured))
+    assert 0.8 < np.mean(inside) < 0.98
+
+
+def test_a_source_may_be_measured_at_another_batch_or_fitted_already():
+    few = table(truth(1), 10)
+    batched = FBNetSpace(batch=32)
+    from_table = TransferOracle.fit(few, sources=[table(truth(2, batched), 200)])
+    fitted = TransferOracle.fit(few, sources=[source_model(table(truth(2, batched), 200))])
+    archs = few.networks()[0]
+    np.testing.assert_allclose(from_table.latencies(archs), fitted.latencies(archs))
+
+
+def test_fits_are_repeatable_and_scale_with_the_unit():
+    few, source = table(truth(1), 10), table(truth(2), 200)
+    a, b = (TransferOracle.fit(few, sources=[source], seed=3) for _ in range(2))
+    archs = few.networks()[0]
+    np.testing.assert_array_equal(a.latencies(archs), b.latencies(archs))
+    micro = LatencyTable.from_rows([replace(r, latency_ms=1000 * r.latency_ms) for r in few.rows()], few.provenance)
+    np.testing.assert_allclose(
+        TransferOracle.fit(micro, sources=[source], seed=3).latencies(archs), 1000 * a.latencies(archs), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("space", [FBNET, NASBench201Space(num_cells=1)], ids=lambda s: s.name)
+def test_a_source_becomes_a_function_of_the_architecture_whatever_its_outliers(space):
+    device = truth(2, space)
+    clean, soiled = (source_model(table(device, 800, noise=0.01, outliers=share)) for share in (0, 0.05))
+    assert mape(clean, device) < 0.015
+    assert mape(soiled, device) < 0.02
+
+
+def test_nothing_is_predicted_below_the_floor():
+    for space in (FBNET, NASBench201Space(num_cells=1)):
+        rng = np.random.default_rng(0)
+        factors = tuple(Factor(d.name, (i,), rng.normal(0.2, 1, len(d.options))) for i, d in enumerate(space.decisions))
+        raw = FactorOracle(space, (*factors, Factor("level", (), np.array(5.0))), provenance("x", space))
+        lifted = replace(raw, factors=positive(raw, 0.5))
+        assert raw.fastest()[1] < 0
+        assert lifted.fastest()[1] == pytest.approx(0.5)
+
+
+def test_blend_is_gaussian_regression_where_the_scales_are_known():
+    """Brute force: with one scale possible and the noise alike, the average is a ridge regression."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3)) / np.sqrt(3)
+    y = 1 + x @ [0.3, -0.2, 0.1] + 0.001 * rng.standard_normal(40)
+    found = blend(y, [Ingredient(x, median=0.3, spread=0.01, chance=1.0)], np.random.default_rng(1))
+    np.testing.assert_allclose(found.coefficients[0], [0.3, -0.2, 0.1], atol=0.005)
+    again = blend(y[1:], [Ingredient(x[1:], median=0.3, spread=0.01, chance=1.0)], np.random.default_rng(1))
+    assert found.left_out[0] == pytest.approx(1 + again.constant + x[0] @ again.coefficients[0], abs=2e-4)
+
+
+def test_what_cannot_be_used_is_refused():
+    few, source = table(truth(1), 10), table(truth(2), 100)
+    with pytest.raises(UsageError, match="needs tables of other devices"):
+        TransferOracle.fit(few)
+    with pytest.raises(TableError, match=r"source 2 \(device 1\) is of nasbench201"):
+        TransferOracle.fit(few, sources=[source, table(truth(1, NASBench201Space(num_cells=1)), 50)])
+    with pytest.raises(TableError, match="device 3 has 5 measured networks of fbnet, at least 10"):
+        TransferOracle.fit(few, sources=[table(truth(3), 5)])
+    with pytest.raises(TableError, match="has 2 measured networks of fbnet, transfer needs at least 3"):
+        TransferOracle.fit(table(truth(1), 2), sources=[source])
+    holed = source_model(source)
+    values = holed.factors[1].values.copy()
+    values[0] = np.nan
+    first, second, *rest = holed.factors
+    with pytest.raises(TableError, match="lacks entries"):
+        TransferOracle.fit(few, sources=[replace(holed, factors=(first, replace(second, values=values), *rest))])
