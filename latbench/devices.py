@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latbench import host, plugins
-from latbench.errors import DeviceUnavailableError, EnvironmentUnfitError, UsageError
+from latbench.errors import DeviceUnavailableError, EnvironmentUnfitError, MeasurementError, UsageError
+from latbench.interpreter import describe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,7 +48,7 @@ class DeviceProfile:
     default_backend: str = "onnxruntime"
     default_dtype: Literal["float32", "float16"] = "float32"
     clocks: str = "float"  # lockable: the driver can hold them still
-    worker_python: str | None = None  # the interpreter of its worker, where it is not ours
+    worker_python: str | None = None  # the interpreter of its default back-end's worker, where it is not ours
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,15 @@ def backend_problem(name: str) -> str | None:
     return None
 
 
+def worker_problem(name: str, python: str) -> str | None:
+    """As ``backend_problem``, in another interpreter; it names that one."""
+    try:
+        problem = describe(plugins.spec("latbench.backends", name), python)["problem"]
+    except MeasurementError as error:
+        return str(error)
+    return None if problem is None else f"{python}: {problem}"
+
+
 def select(
     name: str,
     *,
@@ -188,7 +198,7 @@ def select(
         matches = (machine or detect(known=known)).matches
         if simulated:
             return Selection(matches[0].profile, None)
-        return next(s for s in matches if s.index is None or problem(s.profile.default_backend) is None)
+        return next(s for s in matches if s.index is None or _default_problem(s.profile, problem) is None)
     profile = resolve(name, known)
     if simulated or profile.name == GENERIC:
         return Selection(profile, None)
@@ -201,6 +211,12 @@ def select(
         "(--device auto); run the same command on a machine that has one (sending the work there with --fleet ADDRESS "
         "is not in this version yet); use published figures (reading them with latbench import is not either)"
     )
+
+
+def _default_problem(profile: DeviceProfile, problem: Callable[[str], str | None]) -> str | None:
+    if profile.worker_python is None:
+        return problem(profile.default_backend)
+    return worker_problem(profile.default_backend, profile.worker_python)
 
 
 _NUMBERS = {"peak_gflops_fp32", "peak_gflops_fp16", "bandwidth_gbs", "memory_gb"}

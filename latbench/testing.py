@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -237,6 +238,51 @@ class BackendConformance:
             with self._loaded(_tiny_network(), tmp_path) as runner:
                 assert runner.sample(1) > 0
 
+    def test_samples_are_milliseconds(self, tmp_path: Path) -> None:
+        if self.plugin.clock == "model":
+            return
+        with self._loaded(_tiny_network(), tmp_path) as runner:
+            runner.sample(100)
+            shares = []
+            for _ in range(15):
+                start = time.perf_counter()
+                ms = runner.sample(200)
+                shares.append(ms / 1e3 / (time.perf_counter() - start))
+        share = sorted(shares)[7]  # the device's time may be less than ours, and no more
+        assert 0.02 < share < 1.05, f"{share:.3g} of the time that went by"
+
+    def test_two_models_live_side_by_side(self, tmp_path: Path) -> None:
+        from latbench.graph.passes import random_weights
+
+        first, second = _tiny_network(), _tiny_network(classes=7)
+        x = np.random.default_rng(2).standard_normal(first.inputs[0][1], dtype=np.float32)
+        with self._loaded(first, tmp_path) as one, self._loaded(second, tmp_path) as two:
+            for graph, runner in ((first, one), (second, two), (first, one)):
+                assert runner.sample(2) > 0
+                if self.gives_outputs:
+                    want = _run_onnx(graph, random_weights(graph, 0), x)
+                    (got,) = runner.outputs({graph.inputs[0][0]: x}).values()
+                    assert np.abs(got - want).max() <= self.tolerance * np.abs(want).max()
+
+    def test_a_model_that_cannot_be_loaded_is_a_row_and_the_worker_goes_on(self, tmp_path: Path) -> None:
+        from latbench.measure.base import Request, SamplingPlan, WorkerSetup
+        from latbench.measure.launcher import LocalLauncher
+
+        good, bad = self._write(_tiny_network(), tmp_path), tmp_path / "bad"
+        bad.write_bytes(b"no model")
+        setup = WorkerSetup(plugins.spec("latbench.backends", self.backend), dict(self.options))
+        plan = SamplingPlan(runs=1, rounds=1)
+        with LocalLauncher(setup) as launcher:
+            requests = [Request(str(i), str(path), 0, 0, plan, i) for i, path in enumerate((good, bad, good))]
+            rows = list(launcher.measure(requests))
+        assert [row.status for row in rows] == ["ok", "error", "ok"], rows[0].error
+        assert rows[1].stage == "load"
+        assert rows[1].error
+        assert "\n" not in rows[1].error
+        assert len({row.pid for row in rows}) == 1
+        assert all(row.clock == self.plugin(self.options).clock for row in rows)
+        assert all(ms > 0 for row in rows for ms in row.samples_ms)
+
     def test_layers_are_named_and_not_negative(self, tmp_path: Path) -> None:
         with self._loaded(_tiny_network(), tmp_path) as runner:
             layers = runner.layers()
@@ -261,6 +307,10 @@ class BackendConformance:
 
     @contextmanager
     def _loaded(self, graph: Graph, folder: Path) -> Iterator[Runner]:
+        with self.plugin(self.options).load(self._write(graph, folder)) as runner:
+            yield runner
+
+    def _write(self, graph: Graph, folder: Path) -> Path:
         from latbench.graph.onnx import to_onnx
         from latbench.graph.passes import random_weights
 
@@ -269,8 +319,7 @@ class BackendConformance:
             path.write_text(graph.to_json())
         else:
             path.write_bytes(to_onnx(graph, random_weights(graph, 0)))
-        with self.plugin(self.options).load(path) as runner:
-            yield runner
+        return path
 
 
 class OracleConformance:
@@ -470,11 +519,11 @@ def _run_onnx(graph: Graph, weights: Weights, x: NDArray[np.float32]) -> NDArray
     return np.asarray(output, np.float32)
 
 
-def _tiny_network() -> Graph:
+def _tiny_network(classes: int = 10) -> Graph:
     """A convolution, a branch and its sum, a pooled classifier."""
     b = GraphBuilder()
     x = b.input("x", (2, 3, 16, 16))
     x = b.add(Conv2d(3, 16, 3, stride=2, padding=1, bias=True), x, name="stem")
     y = b.add(ReLU(), b.add(Conv2d(16, 16, 3, padding=1, groups=16, bias=True), x, name="depthwise"), name="relu")
     x = b.add(Flatten(), b.add(AdaptiveAvgPool2d(), b.add(Add(), x, y, name="sum"), name="pool"), name="flat")
-    return b.build(b.add(Linear(16, 10), x, name="fc"))
+    return b.build(b.add(Linear(16, classes), x, name="fc"))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
+from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from latbench.cli.values import DTYPE, DURATION, PERCENT, SHAPE, InputShape, format_bytes, format_count, format_ms
-from latbench.errors import MeasurementError
+from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
 
 if TYPE_CHECKING:
-    from latbench.profiling.bench import Bench
+    from latbench.profiling import Target
+    from latbench.profiling.bench import Bench, Model
+    from latbench.tables import Row
 
 
 @click.command()
@@ -46,6 +51,19 @@ if TYPE_CHECKING:
 @click.option(
     "--layers", type=click.IntRange(0), default=10, show_default=True, help="Slowest layers shown; 0: no pass."
 )
+@click.option("--compare-backends", is_flag=True, help="On every back-end that works here; one table.")
+@click.option(
+    "--builds",
+    type=click.IntRange(2),
+    metavar="B",
+    help="Build the model so often, without a timing cache, and tell how the builds differ.",
+)
+@click.option(
+    "--lock-clocks",
+    type=click.IntRange(1),
+    metavar="MHZ",
+    help="Hold the GPU's clock there while measuring, and free it again (needs root).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the row as a table.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -65,6 +83,9 @@ def command(
     max_time: float,
     cache: Any,
     layers: int,
+    compare_backends: bool,
+    builds: int | None,
+    lock_clocks: int | None,
     output: Path | None,
     as_json: bool,
 ) -> int:
@@ -75,19 +96,31 @@ def command(
     from dataclasses import replace
 
     from latbench.cli.progress import Bar
-    from latbench.cli.target import assignment, target_of
+    from latbench.cli.target import assignment, clock_held, target_of
     from latbench.measure.base import COLD_SWEEP_BYTES
     from latbench.profiling.bench import BENCH_PLAN, bench, read_model
 
+    if compare_backends:
+        alone_only = {"--backend": backend, "--option": options, "--builds": builds, "--output": output}
+        _refuse_with_comparison({**alone_only, "--lock-clocks": lock_clocks})
     plan = replace(
         BENCH_PLAN,
         precision=ci,
-        runs=runs,
+        runs=builds or runs,
         sweep_bytes=COLD_SWEEP_BYTES if cache == "cold" else 0,
         max_time_s=max_time,
         min_time_s=min(BENCH_PLAN.min_time_s, max_time),
     )
-    target, _ = target_of(device, backend, dtype, threads, options, plan, context="isolated", fold_bn=fold_bn != "off")
+
+    def target(name: str | None) -> Target:
+        rest = {"clock_mhz": lock_clocks, "context": "isolated", "fold_bn": fold_bn != "off"}
+        chosen, _ = target_of(device, name, dtype, threads, options, plan, **rest)
+        if builds is None:
+            return chosen
+        fresh: Mapping[str, Any] = getattr(chosen.backend_class, "fresh_build", {})
+        return replace(chosen, options={**chosen.options, **fresh})
+
+    alone = None if compare_backends else target(backend)
     read = read_model(
         model,
         batch=batch,
@@ -97,17 +130,59 @@ def command(
         fold=fold_bn,
         settings=dict(assignment(text) for text in settings),
     )
-    with Bar(f"bench {read.name}") as bar:
-        result = bench(read, target, layers=layers > 0, reporter=bar)
+    if alone is None:
+        return _compare(read, target, as_json=as_json)
+    with clock_held(alone), Bar(f"bench {read.name}") as bar:
+        result = bench(read, alone, layers=layers > 0, reporter=bar)
     if output is not None:
         result.table.write(output)
     if result.row.status != "ok":
         raise MeasurementError(f"{read.name}: {result.row.status} in {result.row.stage}: {result.row.error}")
     if as_json:
-        click.echo(json.dumps(_plain(result)))
+        click.echo(json.dumps({**_plain(result), **({"builds": build_variance(result.row)} if builds else {})}))
     else:
         _print(result, layers, output)
+        if builds:
+            click.echo(_builds_line(build_variance(result.row)))
     return 0
+
+
+def _compare(model: Model, target: Callable[[str], Target], *, as_json: bool) -> int:
+    from latbench.cli import bench_backends
+
+    found = bench_backends.standings(model, target)
+    if as_json:
+        click.echo(json.dumps(bench_backends.plain(model, found)))
+    else:
+        bench_backends.show(model, found)
+    return 0 if any(one.latency_ms is not None for one in found) else EnvironmentUnfitError.exit_status
+
+
+def _refuse_with_comparison(options: Mapping[str, object]) -> None:
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"{name} is for one back-end: leave it out, or leave out --compare-backends")
+
+
+def build_variance(row: Row) -> dict[str, Any]:
+    """How the builds of a row differ: every block of samples loads, and so builds, its model anew."""
+    ends = list(accumulate(row.block_sizes))
+    medians = [median(row.samples_ms[end - n : end]) for n, end in zip(row.block_sizes, ends, strict=True)]
+    return {
+        "n": len(medians),
+        "latency_ms": medians,
+        "median_ms": median(medians),
+        "std": stdev(medians) / median(medians) if len(medians) > 1 else None,
+        "spread": (max(medians) - min(medians)) / median(medians),
+    }
+
+
+def _builds_line(figures: Mapping[str, Any]) -> str:
+    least, most = (format_ms(edge(figures["latency_ms"])) for edge in (min, max))
+    return (
+        f"{figures['n']} builds: {least} to {most} (as measured), spread {figures['spread']:.2%}, "
+        f"standard deviation {figures['std'] or 0:.2%}"
+    )
 
 
 def _plain(result: Bench) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 
 from latbench import devices, plugins
 from latbench.cli.values import format_bytes
+from latbench.interpreter import describe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,8 +37,9 @@ def command(show_all: bool, as_json: bool) -> None:
     """
     known = devices.profiles()
     machine = devices.detect(known=known)
-    backends = [backend_status(name) for name in plugins.names("latbench.backends")]
     here = [selection.profile for selection in machine.matches]
+    pythons = {profile.default_backend: profile.worker_python for profile in reversed(here) if profile.worker_python}
+    backends = [backend_status(name, pythons.get(name)) for name in plugins.names("latbench.backends")]
     if as_json:
         listed = known.values() if show_all else here
         click.echo(json.dumps(_plain(machine, backends, listed), indent=2, ensure_ascii=False))
@@ -51,8 +53,12 @@ def command(show_all: bool, as_json: bool) -> None:
     _print_table(console, _backend_table(backends))
 
 
-def backend_status(name: str) -> BackendStatus:
-    """Whether a registered back-end works here."""
+def backend_status(name: str, python: str | None = None) -> BackendStatus:
+    """Whether a registered back-end works here, in `python` where a device's profile names a worker's interpreter."""
+    if python is not None:
+        problem = devices.worker_problem(name, python)
+        versions = {} if problem else describe(plugins.spec("latbench.backends", name), python)["versions"]
+        return BackendStatus(name, versions, problem)
     problem = devices.backend_problem(name)
     versions = {} if problem else plugins.load("latbench.backends", name).versions()
     return BackendStatus(name, versions, problem)
@@ -123,10 +129,12 @@ def _profile_table(listed: list[devices.DeviceProfile], machine: devices.Machine
 
 
 def _backend_table(backends: list[BackendStatus]) -> Table:
+    from rich.text import Text
+
     table = _table("back-end", "works", "")
     for status in backends:
         versions = ", ".join(f"{name} {version}" for name, version in status.versions.items())
-        table.add_row(status.name, "no" if status.problem else "yes", status.problem or versions)
+        table.add_row(status.name, "no" if status.problem else "yes", Text(status.problem or versions))
     return table
 
 

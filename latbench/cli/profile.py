@@ -51,6 +51,12 @@ if TYPE_CHECKING:
 @click.option("--only", metavar="KEY", help="Only the row of this key (a prefix will do).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order, the networks and the weights.")
 @click.option("--dry-run", is_flag=True, help="Say how many rows and about how long; measure nothing.")
+@click.option(
+    "--lock-clocks",
+    type=click.IntRange(1),
+    metavar="MHZ",
+    help="Hold the GPU's clock there while measuring, and free it again (needs root).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default: named after what it holds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -74,6 +80,7 @@ def command(
     only: str | None,
     seed: int,
     dry_run: bool,
+    lock_clocks: int | None,
     output: Path | None,
     as_json: bool,
 ) -> int:
@@ -84,13 +91,14 @@ def command(
     from dataclasses import replace
 
     from latbench import plugins
-    from latbench.cli.target import assignment, target_of
+    from latbench.cli.target import assignment, clock_held, target_of
     from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
     from latbench.profiling import duration_s, median_weight_bytes, profile, wanted
 
     space_class = plugins.load("latbench.spaces", space_name)
     plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
-    target, dtype = target_of(device, backend, dtype, threads, options, plan, context=context, fold_bn=fold_bn)
+    rest = {"clock_mhz": lock_clocks, "context": context, "fold_bn": fold_bn}
+    target, dtype = target_of(device, backend, dtype, threads, options, plan, **rest)
     space: SearchSpace = space_class.from_settings(
         {
             "batch": batch,
@@ -118,7 +126,7 @@ def command(
 
     from latbench.cli.progress import Bar
 
-    with Bar(f"profile {space.name} on {target.device}") as bar:
+    with clock_held(target), Bar(f"profile {space.name} on {target.device}") as bar:
         outcome = profile(
             space,
             target,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from latbench import devices, plugins
-from latbench.errors import UsageError
+from latbench.errors import BackendUnavailableError, UsageError
 from latbench.graph.ir import DType
 from latbench.measure.base import SamplingPlan
+from latbench.measure.monitor import Nvml, locked_clock
 from latbench.profiling import Target
 
 
@@ -20,6 +22,7 @@ def target_of(
     threads: int,
     options: Iterable[str],
     plan: SamplingPlan,
+    clock_mhz: int | None = None,
     **rest: Any,
 ) -> tuple[Target, DType]:
     """The target, and the dtype: the one asked for, else the device's. Raises UsageError, EnvironmentUnfitError."""
@@ -28,7 +31,11 @@ def target_of(
     profile = selection.profile
     backend = backend or profile.default_backend
     backend_class = plugins.load("latbench.backends", backend)
-    backend_class.available()
+    python = profile.worker_python if backend == profile.default_backend else None
+    if python is None:
+        backend_class.available()
+    elif problem := devices.worker_problem(backend, python):
+        raise BackendUnavailableError(problem)
     if profile.kind not in backend_class.kinds and not simulated:
         raise UsageError(f"{backend} does not run on {profile.title}: it runs on {' and '.join(backend_class.kinds)}")
     dtype = dtype or profile.default_dtype
@@ -39,10 +46,27 @@ def target_of(
         chosen |= {name: peak for name, peak in peaks.items() if peak is not None}
     else:
         chosen["threads"] = threads
+        if profile.kind == "gpu":
+            chosen["device"] = selection.index or 0
     chosen |= dict(assignment(text) for text in options)
     backend_class(chosen)  # refuses unknown options before any work
+    if clock_mhz is not None and (simulated or profile.kind != "gpu"):
+        raise UsageError(f"--lock-clocks holds a GPU's clock still; {profile.title} is none (see: latbench doctor)")
     name = profile.title if simulated else _name(selection)
-    return Target(profile.name, name, backend, chosen, plan, **rest), dtype
+    return Target(profile.name, name, backend, chosen, plan, python=python, clock_mhz=clock_mhz, **rest), dtype
+
+
+@contextmanager
+def clock_held(target: Target) -> Iterator[None]:
+    """The target's clock held where it asks for it, and free again however the block ends.
+
+    Raises EnvironmentUnfitError where that needs rights that we lack, or the device cannot.
+    """
+    if target.clock_mhz is None:
+        yield
+        return
+    with locked_clock(Nvml(int(target.options["device"])), target.clock_mhz):
+        yield
 
 
 def _name(selection: devices.Selection) -> str:

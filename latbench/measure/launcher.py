@@ -19,12 +19,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from latbench.errors import MeasurementError
+from latbench.interpreter import START_LIMIT_S, Package
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
 
-# What a worker may see of the environment: the rest (OMP_*, KMP_*, MKL_*, LD_PRELOAD, ...) can move a number unseen.
-ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
 AHEAD = 2  # requests in the pipe: the worker never waits for the parent's bookkeeping
-START_LIMIT_S = 60.0
 CALIBRATE_S = 0.2  # the first worker watches the clock for so long
 
 
@@ -53,7 +51,7 @@ class LocalLauncher:
         self.conditions: dict[str, Any] = {}  # as the latest worker reported them; the clock as the first saw it
         self._worker: _Worker | None = None
         self._spares: deque[_Worker] = deque()
-        self._package = _Package(python)
+        self._package = Package(python)
 
     def __enter__(self) -> LocalLauncher:
         return self
@@ -184,66 +182,10 @@ def _failed(request: Request, status: Literal["error", "timeout"], stage: str, e
     )
 
 
-class _Package:
-    """What an interpreter needs to run the worker: its command, and an environment in which it finds latbench.
-
-    Another interpreter must not see this one's packages, compiled for it: only latbench, through a link in a folder of
-    its own.
-    """
-
-    def __init__(self, python: str) -> None:
-        self.python = python
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        package = Path(__file__).parents[1]
-        inherited = [os.environ.get("PYTHONPATH")]
-        if python == sys.executable:
-            self._root = str(package.parent)
-        else:
-            self._folder = tempfile.TemporaryDirectory(prefix="latbench-worker-")
-            self._root, inherited = self._folder.name, []
-            (Path(self._root) / package.name).symlink_to(package)
-        self._path = os.pathsep.join(filter(None, (self._root, *inherited)))
-
-    def environment(self) -> dict[str, str]:
-        """Allow-listed, and numpy's own thread pools out of the way: threads are the runtime's, set by its options."""
-        kept = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
-        if self._folder is not None:
-            kept.pop("VIRTUAL_ENV", None)
-        kept |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        return {**kept, "PYTHONPATH": self._path}
-
-    def remove(self) -> None:
-        """Takes the link away."""
-        if self._folder is not None:
-            self._folder.cleanup()
-
-
-def describe(backend: str, python: str = sys.executable) -> dict[str, Any]:
-    """What a back-end ("module:Class") says of itself in an interpreter: problem (None: it works), versions, python.
-
-    Raises MeasurementError where the interpreter cannot run the worker.
-    """
-    package = _Package(python)
-    command = [python, "-m", "latbench.measure.worker", "--describe", backend]
-    try:
-        run = subprocess.run(
-            command, env=package.environment(), capture_output=True, text=True, timeout=START_LIMIT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MeasurementError(f"the worker's interpreter {python} cannot be run: {error}") from error
-    finally:
-        package.remove()
-    if run.returncode != 0:
-        last = (run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1]
-        raise MeasurementError(f"the worker's interpreter {python} cannot run latbench.measure: {last[:500]}")
-    said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return said
-
-
 class _Worker:
     """One worker process and its pipe."""
 
-    def __init__(self, setup: WorkerSetup, package: _Package) -> None:
+    def __init__(self, setup: WorkerSetup, package: Package) -> None:
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)

@@ -5,9 +5,9 @@ a WorkerSetup first, answered by {"ready": ...}; then a Request a line, answered
 by one {"measurement": ...}. With ``--describe MODULE:CLASS`` it only prints what that back-end says of itself. Runs on
 Python 3.9 and later.
 
-What a back-end or a runner may add to its protocol, by attributes that are asked for here only: ``backend.timer_ns``,
-what reading its clock costs; ``runner.evict(nbytes)``, for caches that are not the CPU's; ``runner.notes()``, words for
-the row.
+What a back-end or a runner may add to its protocol, by attributes that are asked for here only: ``backend.open()``,
+what takes long and is no model's, done before the first request; ``backend.timer_ns``, what reading its clock costs;
+``runner.evict(nbytes)``, for caches that are not the CPU's; ``runner.notes()``, words for the row.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def prepare(setup: WorkerSetup) -> tuple[Backend, dict[str, Any]]:
     conditions["priority"] = raise_priority()
     module, _, name = setup.backend.partition(":")
     backend: Backend = getattr(importlib.import_module(module), name)(setup.options)
+    getattr(backend, "open", lambda: None)()
     if backend.clock == "host" and setup.calibrate_s > 0:
         conditions["clock_probe_us"] = settled_probe_us(setup.calibrate_s)
     return backend, conditions

@@ -233,8 +233,11 @@ def _order(table: LatencyTable) -> Floats | None:
     return None if np.isnan(order).any() or len(np.unique(order)) < len(order) else order
 
 
-def _calibrate(oracle: LearnedOracle) -> tuple[Conformal, Conformal | None]:
-    """Predictions for every measured network by fits without its fold, without and with its place in the order."""
+def left_out(oracle: LearnedOracle) -> dict[bool, tuple[Floats, Floats]]:
+    """Predictions for every measured network by fits without its fold: (N,) ms and (N,) relative deviations.
+
+    By whether its place in the measuring order is given; True is there only where the fit knew the order.
+    """
     measured = oracle.processes[0].measured
     n, ordered = len(measured), measured.order is not None
     fold = np.random.default_rng(0).permutation(np.arange(n) % min(n, FOLDS))
@@ -250,5 +253,11 @@ def _calibrate(oracle: LearnedOracle) -> tuple[Conformal, Conformal | None]:
         for kind, (value, doubt) in found.items():
             order = measured.take(left).order if kind else None
             value[left], doubt[left] = without._predict(measured.archs[left], order, deviation=True)
-    plain, *in_order = (Conformal.of(value, measured.latency_ms, doubt) for value, doubt in found.values())
+    return found
+
+
+def _calibrate(oracle: LearnedOracle) -> tuple[Conformal, Conformal | None]:
+    """The scores of what was left out, without and with its place in the order."""
+    measured_ms = oracle.processes[0].measured.latency_ms
+    plain, *in_order = (Conformal.of(value, measured_ms, doubt) for value, doubt in left_out(oracle).values())
     return plain, in_order[0] if in_order else None

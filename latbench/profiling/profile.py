@@ -19,6 +19,7 @@ import numpy as np
 from latbench import __version__, host, plugins
 from latbench.backends.base import Backend, Scalar
 from latbench.errors import ProvenanceConflictError, TableError, UsageError
+from latbench.interpreter import describe
 from latbench.measure.base import Measurement, SamplingPlan, WorkerSetup
 from latbench.measure.launcher import LocalLauncher, cpus_for
 from latbench.profiling.additivity import additivity
@@ -41,12 +42,15 @@ class Target:
     plan: SamplingPlan
     context: Context = "sandwich"
     fold_bn: bool = True
+    python: str | None = None  # the worker's interpreter; None: ours
+    clock_mhz: int | None = None  # at which the GPU's clock is held; None: it floats
 
     @property
     def backend_class(self) -> type[Backend]:
         """Raises BackendUnavailableError where it cannot run here, UsageError where there is none of that name."""
         backend: type[Backend] = plugins.load("latbench.backends", self.backend)
-        backend.available()
+        if self.python is None:
+            backend.available()
         return backend
 
     @property
@@ -57,7 +61,14 @@ class Target:
     def launcher(self) -> LocalLauncher:
         cpus = () if self.simulated else cpus_for(int(self.options.get("threads", 1)))
         spec = plugins.spec("latbench.backends", self.backend)
-        return LocalLauncher(WorkerSetup(spec, dict(self.options), cpus))
+        return LocalLauncher(WorkerSetup(spec, dict(self.options), cpus), python=self.python or sys.executable)
+
+    def versions(self) -> Mapping[str, str]:
+        """Of the runtime, as the worker's interpreter has it."""
+        if self.python is None:
+            return self.backend_class.versions()
+        found: dict[str, str] = describe(plugins.spec("latbench.backends", self.backend), self.python)["versions"]
+        return found
 
     def provenance(self, space: SearchSpace | None, conditions: Mapping[str, Any]) -> Provenance:
         """What a table measured so says of itself. `conditions` are the worker's own words."""
@@ -72,6 +83,7 @@ class Target:
             "memory_gib": round((here.memory_bytes or 0) / 2**30),
             "worker_cpus": list(cpus_for(int(self.options.get("threads", 1)))),
             "worker_priority": conditions.get("priority", ""),
+            **({} if self.clock_mhz is None else {"locked_clock_mhz": self.clock_mhz}),
         }
         probe = conditions.get("clock_probe_us")
         return Provenance(
@@ -82,7 +94,7 @@ class Target:
                 "latbench": __version__,
                 "onnx": metadata.version("onnx"),
                 "python": str(conditions.get("python", platform.python_version())),
-                **self.backend_class.versions(),
+                **self.versions(),
             },
             space=space.name if space else "",
             settings=space.settings() if space else {},

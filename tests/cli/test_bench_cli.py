@@ -93,7 +93,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "arch of words": (["mobilenet_v1:best"], "'best' is no architecture"),
     "seed of words": (["mobilenet_v1:random:x"], "takes a whole number"),
     "device": ([*SMALL, "--device", "toaster"], "unknown device"),
-    "back-end": ([*SMALL, "--backend", "tensorrt"], "unknown back-end 'tensorrt'"),
+    "back-end": ([*SMALL, "--backend", "tensorflow"], "unknown back-end 'tensorflow'"),
     "dtype": ([*SMALL, "--dtype", "fp4"], "unknown dtype"),
     "time without a unit": ([*SMALL, "--max-time", "3"], "has no unit"),
     "no time": ([*SMALL, "--max-time", "0s"], "must be positive"),
