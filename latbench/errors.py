@@ -10,6 +10,7 @@ LatbenchError                      exit 1: usage or user error
 │   ├── ProvenanceConflictError    tables whose conditions differ
 │   ├── TableBusyError             another run is writing it
 │   └── MissingEntryError          no row for this block (also a KeyError)
+├── InfeasibleTargetError          a budget below the cheapest network
 ├── MeasurementError               a worker could not measure (turned into a row where one is being made)
 └── EnvironmentUnfitError          exit 4: no such device or back-end here
     ├── BackendUnavailableError    the runtime is missing or cannot run
@@ -58,6 +59,10 @@ class MissingEntryError(TableError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0]) if self.args else ""
+
+
+class InfeasibleTargetError(LatbenchError):
+    """No network of the space meets the budget; names the fastest architecture. Raised before any training."""
 
 
 class MeasurementError(LatbenchError):

@@ -22,7 +22,17 @@ COMMANDS = {  # name -> (module:attribute, one line of help)
     "doctor": ("latbench.cli.doctor:command", "What makes timings noisy here, and the command that mends each."),
     "profile": ("latbench.cli.profile:command", "Measure the blocks of a search space into a latency table."),
     "bench": ("latbench.cli.bench:command", "Measure one network: ONNX file, torchvision:NAME or SPACE:ARCH."),
-    "show": ("latbench.cli.show:command", "What a table holds: rows, noise, failures, provenance."),
+    "fit": ("latbench.cli.fit:command", "Fit a model that predicts whole networks, and say how far off it is."),
+    "validate": ("latbench.cli.validate:command", "A model against measured networks that it has not seen."),
+    "predict": ("latbench.cli.predict:command", "Latencies of architectures, from a model or a table."),
+    "import": ("latbench.cli.import_:command", "Published latencies into a table: TF-NAS, AOWS, OFA, HELP, trtexec."),
+    "search": ("latbench.cli.search:command", "The best network of a space under latency budgets: aows, tfnas."),
+    "train": ("latbench.cli.train:command", "Train the network that a search found from scratch."),
+    "verify": ("latbench.cli.verify:command", "Measure the found network on the device: predicted, measured, target."),
+    "show": (
+        "latbench.cli.show:command",
+        "What a table or a model holds: rows, noise, failures, provenance, validation.",
+    ),
 }
 
 EPILOG = """\b

@@ -1,18 +1,21 @@
-"""``latbench show``: what a table holds, under which conditions, how noisy, what failed and why."""
+"""``latbench show``: what a table or a fitted model holds, under which conditions, how noisy or how far off."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from latbench.cli.model import kind_of_file, read_model, validation_in_words
 from latbench.cli.values import format_count, format_ms
 from latbench.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from latbench.oracle.store import StoredModel
     from latbench.tables import LatencyTable, Row
 
 _SAMPLES = ("samples_ms", "block_sizes", "block_run", "block_flags", "probes_us", "probe_at")
@@ -20,7 +23,7 @@ _N_ROWS = 20  # shown in a terminal unless --limit says otherwise
 
 
 @click.command("show")
-@click.argument("path", metavar="TABLE")
+@click.argument("path", metavar="TABLE|MODEL")
 @click.argument("key", required=False)
 @click.option("--sort", metavar="COLUMN", help="Order of the rows: numbers from the largest, texts from A.")
 @click.option("--kind", type=click.Choice(["block", "network", "stub"]), help="Only rows of this kind.")
@@ -44,9 +47,18 @@ def command(
 ) -> None:
     """What TABLE holds; with KEY, or the first digits of one, every column of that row.
 
-    Latencies are at the session's reference clock where the device has a clock probe.
+    Latencies are at the session's reference clock where the device has a clock probe. Of a fitted MODEL: what it was
+    fitted to and how far off it is.
     """
     from latbench.tables import LatencyTable
+
+    if kind_of_file(Path(path)) == "model":
+        if key or plot or sort or kind or status or limit is not None:
+            raise UsageError(
+                f"{path} is a fitted model, which has no rows to choose from: give only --command or --json"
+            )
+        _show_model(path, want_command, as_json)
+        return
 
     table = LatencyTable.read(path)
     chosen = _choose(table, key or "", sort, kind, status)
@@ -128,12 +140,73 @@ def _choose(table: LatencyTable, key: str, sort: str | None, kind: str | None, s
 
 
 def _print_command(table: LatencyTable, path: str, key: str | None, keys: list[str], as_json: bool) -> None:
-    if not table.provenance.command:
-        raise UsageError(f"{path} does not say which command made it")
+    _need_command(table.provenance.command, path)
     if key and len(keys) > 1:
         raise UsageError(f"{len(keys)} keys begin with {key}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     text = table.provenance.remeasure_command(keys[0]) if key else table.provenance.command
     click.echo(json.dumps({"command": text}) if as_json else text)
+
+
+def _need_command(text: str, path: str) -> None:
+    if not text:
+        raise UsageError(f"{path} does not say which command made it")
+
+
+def _show_model(path: str, want_command: bool, as_json: bool) -> None:
+    stored = read_model(Path(path))
+    if want_command:
+        text = str(stored.notes.get("command", ""))
+        _need_command(text, path)
+        click.echo(json.dumps({"command": text}) if as_json else text)
+    elif as_json:
+        click.echo(json.dumps(model_summary(stored), indent=2, ensure_ascii=False))
+    else:
+        _print_model(stored)
+
+
+def model_summary(stored: StoredModel) -> dict[str, Any]:
+    """What a model says of itself, in JSON values: its kind, conditions of its table, notes with its validation."""
+    from latbench import report
+
+    provenance = stored.oracle.provenance
+    return {
+        "oracle": stored.oracle.name,
+        "unit": stored.oracle.unit,
+        "provenance": provenance.to_dict(),
+        "env_id": provenance.env_id,
+        "policy_id": provenance.policy_id,
+        "conditions": report.conditions(provenance),
+        "notes": dict(stored.notes),
+    }
+
+
+def _print_model(stored: StoredModel) -> None:
+    """One fact a line, as of a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    facts, notes = model_summary(stored), stored.notes
+    p = facts["provenance"]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    counts = [f"{notes[key]} {key[2:]}" for key in ("n_blocks", "n_networks") if key in notes]
+    lines = [
+        ("model", stored.oracle.name + "".join(f", {k}={v}" for k, v in notes.get("options", {}).items())),
+        ("device", f"{p['device']}: {p['device_name']}"),
+        ("space", p["space"]),
+        ("conditions", facts["conditions"]),
+        ("ids", f"environment {facts['env_id']}, policy {facts['policy_id']}"),
+        ("fitted to", " and ".join(counts) + (f" of {notes['table']['path']}" if "table" in notes else "")),
+        *(("source", source["path"]) for source in notes.get("sources", ())),
+        ("fitted", notes.get("fitted_at", "")),
+        *validation_in_words(notes),
+        ("command", notes.get("command", "")),
+    ]
+    for name, text in lines:
+        if text:
+            grid.add_row(name, text)
+    Console(highlight=False, markup=False).print(grid)
 
 
 def _plain(row: Row, *, samples: bool) -> dict[str, Any]:

@@ -380,7 +380,11 @@ def _fit(
         inflate = inflate * np.maximum(1.0, (z / OUTLIER) ** 2)
     if not curve:
         logs = np.array([*logs[:5], -np.inf, *logs[6:]])
-    return Posterior(logs, phi, weights, sums_ms, np.asarray(inverse, np.float64), np.asarray(alpha, np.float64)), errors - alpha * variance, np.sqrt(variance)
+    return (
+        Posterior(logs, phi, weights, sums_ms, np.asarray(inverse, np.float64), np.asarray(alpha, np.float64)),
+        errors - alpha * variance,
+        np.sqrt(variance),
+    )
 
 
 def _curve_kernel(a: Floats, b: Floats, ratio_a: Floats, ratio_b: Floats, width: float, length: float) -> Floats:

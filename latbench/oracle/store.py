@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,14 +52,21 @@ def save(path: Path, model: Model, notes: Mapping[str, Any] | None = None) -> No
         raise TableError(why_not(error, path)) from None
 
 
+def _array(data: bytes) -> NDArray[Any]:
+    found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return found
+
+
 def load(path: Path) -> StoredModel:
-    """Raises TableError where there is no such file SchemaMismatchError where it is damaged or something else."""
+    """Raises TableError where the file cannot be read, SchemaMismatchError where it is no model, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays: dict[str, NDArray[Any]] = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise TableError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TableError(f"cannot read {path}: {error.strerror}; check the path, or fit the model first") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            arrays = {name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()}
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise SchemaMismatchError(f"{path} is no fitted model: {error}") from None
     try:
         head = json.loads(arrays.pop(_META).tobytes().decode())

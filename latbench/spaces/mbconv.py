@@ -6,6 +6,7 @@ and a fixed head.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,11 +112,14 @@ class TFNASSpace(FactoredSpace):
     linearly: the default measures those, and ``oracle.base.spread(decision, option)`` settles a width between them, to
     the same figures as their table. A block's key does not depend on the step.
 
+    `width_multiplier` scales all channels (0.25 trains on a CPU in minutes); published networks are of multiplier 1.
+
     Neighbouring decisions only: ``FactorOracle.chain`` holds.
     """
 
     width_step: int = 8
     num_classes: int = 1000
+    width_multiplier: float = 1.0
 
     name: ClassVar[str] = "tfnas"
     min_resolution: ClassVar[int] = 32
@@ -124,6 +128,8 @@ class TFNASSpace(FactoredSpace):
         super().__post_init__()
         if self.width_step < 1 or self.num_classes < 1:
             raise UsageError(f"{self.name}: width_step and num_classes must be at least 1")
+        if not 0 < self.width_multiplier < math.inf:
+            raise UsageError(f"{self.name}: width_multiplier must be above zero, got {self.width_multiplier}")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
@@ -137,15 +143,16 @@ class TFNASSpace(FactoredSpace):
     def block_sites(self) -> tuple[BlockSite, ...]:
         """The 18 searchable blocks, in order."""
         sites: list[BlockSite] = []
-        side, channels = _halved(self.resolution), FIRST_CHANNELS
+        side, channels = _halved(self.resolution), self._scaled(FIRST_CHANNELS)
         for i, stage in enumerate(STAGES):
+            out_channels = self._scaled(stage.out_channels)
             for position in range(stage.n_blocks):
                 stride = 1 if position else stage.stride
                 scope = (2 * len(sites), 2 * len(sites) + 1)
                 kind = f"inverted residual s{stride}"
                 name = f"stage{i + 1}/block{position + 1}"
-                sites.append(BlockSite(name, scope, kind, i, position, channels, stage.out_channels, stride, side))
-                side, channels = _halved(side) if stride == 2 else side, stage.out_channels
+                sites.append(BlockSite(name, scope, kind, i, position, channels, out_channels, stride, side))
+                side, channels = _halved(side) if stride == 2 else side, out_channels
         return tuple(sites)
 
     @cached_property
@@ -155,7 +162,7 @@ class TFNASSpace(FactoredSpace):
     @cached_property
     def published(self) -> Mapping[str, Arch]:
         """``tfnas-a``; configurations of the other published networks are not public."""
-        return {name: self.encode(stages) for name, stages in PUBLISHED.items()}
+        return {name: self.encode(stages) for name, stages in self._published.items()}
 
     def block(self, site: Site, picks: tuple[int, ...]) -> Graph | None:
         if isinstance(site, BlockSite):
@@ -165,9 +172,10 @@ class TFNASSpace(FactoredSpace):
             option = self._widths(site)[width]
             return self._block(site, OPERATIONS[operation], _mid_channels(OPERATIONS[operation], option))
         if site.name == "stem":
-            return _stem(self.input_shape, self.dtype)
-        side = self.block_sites[-1].side
-        return _head((self.batch, STAGES[-1].out_channels, side, side), self.num_classes, self.dtype)
+            return _stem(self.input_shape, self._scaled(STEM_CHANNELS), self._scaled(FIRST_CHANNELS), self.dtype)
+        last = self.block_sites[-1]
+        shape = (self.batch, last.out_channels, last.side, last.side)
+        return _head(shape, self._scaled(HEAD_CHANNELS), self.num_classes, self.dtype)
 
     def picks_of(self, site: BlockSite, operation: int, mid_channels: int) -> tuple[int, int]:
         """The picks of an operation at a width, the first where two options give it.
@@ -233,11 +241,19 @@ class TFNASSpace(FactoredSpace):
         for site in self.block_sites:
             c = site.in_channels
             wanted = {*range(4 * c, WIDEST * c, self.width_step), 6 * c, WIDEST * c}
-            for stages in PUBLISHED.values():
+            for stages in self._published.values():
                 for operation, mid_channels in stages[site.stage][site.position : site.position + 1]:
                     wanted.add(_option(OPERATIONS[operation], mid_channels))
             options[site.name] = tuple(sorted(wanted))
         return options
+
+    @property
+    def _published(self) -> Mapping[str, WidthsOfOps]:
+        return PUBLISHED if self.width_multiplier == 1 else {}
+
+    def _scaled(self, channels: int) -> int:
+        """The nearest multiple of 8, at least 8."""
+        return max(8, 8 * round(channels * self.width_multiplier / 8))
 
     def _block(self, site: BlockSite, operation: Operation, mid_channels: int) -> Graph:
         shape = (self.batch, site.in_channels, site.side, site.side)
@@ -291,17 +307,17 @@ def _inverted_residual(
 
 
 @lru_cache
-def _stem(shape: Shape, dtype: DType) -> Graph:
+def _stem(shape: Shape, channels: int, out_channels: int, dtype: DType) -> Graph:
     b = GraphBuilder(dtype)
-    x = conv_bn_act(b, b.input("x", shape), STEM_CHANNELS, 3, stride=2, name="first")
+    x = conv_bn_act(b, b.input("x", shape), channels, 3, stride=2, name="first")
     x = inverted_residual(
-        b, x, STEM_CHANNELS, FIRST_CHANNELS, squeeze_channels=STEM_SQUEEZE, activation=RELU, expand=False, name="second"
+        b, x, channels, out_channels, squeeze_channels=STEM_SQUEEZE, activation=RELU, expand=False, name="second"
     )
     return b.build(x)
 
 
 @lru_cache
-def _head(shape: Shape, num_classes: int, dtype: DType) -> Graph:
+def _head(shape: Shape, channels: int, num_classes: int, dtype: DType) -> Graph:
     b = GraphBuilder(dtype)
-    x = conv_bn_act(b, b.input("x", shape), HEAD_CHANNELS, activation=SWISH, name="mix")
+    x = conv_bn_act(b, b.input("x", shape), channels, activation=SWISH, name="mix")
     return b.build(classifier(b, x, num_classes, name=""))

@@ -133,7 +133,7 @@ def test_what_is_no_model_is_one_line(tmp_path, data, monkeypatch):
 
 
 def test_what_is_not_there_is_said_so(tmp_path):
-    with pytest.raises(TableError, match="no such file"):
+    with pytest.raises(TableError, match="No such file"):
         store.load(tmp_path / "m.npz")
 
 
