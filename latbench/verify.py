@@ -1,0 +1,163 @@
+"""``verify``: measures the network that a search found, on the device that its table speaks of.
+
+Predictions are stated at the table's reference clock, so measurements are restated at it before they are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latbench import devices, plugins
+from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
+from latbench.measure.base import SamplingPlan
+from latbench.oracle.base import Constraint
+from latbench.oracle.factors import FactorOracle
+from latbench.profiling.bench import BENCH_PLAN, Model, bench, read_model
+from latbench.profiling.profile import Target
+from latbench.profiling.session import Reporter
+from latbench.provenance import Provenance
+
+if TYPE_CHECKING:
+    from searchers.base import Found
+
+MAX_ROUNDS = 5  # of selecting again
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One constraint on a measured network. Latencies in ms at the table's reference clock; counts in their unit."""
+
+    device: str
+    unit: str
+    target: float
+    predicted: float
+    measured: float
+    low: float  # 95 % interval
+    high: float
+    as_measured: float  # at the clock that ran
+    simulated: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the measurement keeps the target."""
+        return self.measured <= self.target * (1 + 1e-12)
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to the measurement."""
+        return self.predicted / self.measured - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "met": self.met, "error": self.error}
+
+
+def verify(folder: Path, *, plan: SamplingPlan = BENCH_PLAN, reporter: Reporter | None = None) -> list[Verified]:
+    """Measures ``network.onnx`` of a result folder for each constraint, and notes the figures in ``result.json``.
+
+    Raises UsageError where the folder holds no result or its table cannot be measured again, EnvironmentUnfitError
+    where this is another machine, MeasurementError where the network cannot run.
+    """
+    from searchers.base import note, read_result
+
+    found = read_result(folder)
+    verified = [_verify(found, constraint, plan, reporter) for constraint in found.problem.constraints]
+    note(folder, "verified", [one.to_dict() for one in verified])
+    return verified
+
+
+def until_met(
+    folder: Path, *, plan: SamplingPlan = BENCH_PLAN, rounds: int = MAX_ROUNDS, reporter: Reporter | None = None
+) -> list[list[Verified]]:
+    """``verify``; while a target is missed, corrects that oracle by measured / predicted and lets the searcher select
+    again from what it trained. Gives the rounds, the last one kept in the folder; `rounds` at most.
+
+    Raises also UsageError where an oracle is no sum of factors, InfeasibleTargetError where nothing is left.
+    """
+    from searchers.base import from_settings, note, read_result
+
+    done = [verify(folder, plan=plan, reporter=reporter)]
+    while not all(one.met for one in done[-1]) and len(done) < rounds:
+        found = read_result(folder)
+        constraints = tuple(
+            constraint if one.met else _corrected(constraint, one.measured / one.predicted)
+            for constraint, one in zip(found.problem.constraints, done[-1], strict=True)
+        )
+        kind = plugins.load("latbench.searchers", found.result.searcher)
+        from_settings(kind, found.settings).search(replace(found.problem, constraints=constraints))
+        done.append(verify(folder, plan=plan, reporter=reporter))
+        note(folder, "rounds", [[one.to_dict() for one in verified] for verified in done])
+    return done
+
+
+def _corrected(constraint: Constraint, ratio: float) -> Constraint:
+    """The constraint by an oracle whose every figure is `ratio` times what it was."""
+    oracle = constraint.oracle
+    if not isinstance(oracle, FactorOracle):
+        raise UsageError(f"{type(oracle).__name__} is no sum of factors, so one measurement cannot correct it")
+    factors = tuple(replace(factor, values=factor.values * ratio) for factor in oracle.factors)
+    return replace(constraint, oracle=replace(oracle, factors=factors))
+
+
+def _verify(found: Found, constraint: Constraint, plan: SamplingPlan, reporter: Reporter | None) -> Verified:
+    oracle, arch = constraint.oracle, found.result.arch
+    predicted = oracle.latency(arch)
+    if oracle.unit != "ms":
+        count = float(getattr(oracle.space.network(arch), {"parameters": "n_params", "MACs": "macs"}[oracle.unit]))
+        return Verified("", oracle.unit, constraint.target, predicted, count, count, count, count, False)
+    target = target_of(oracle.provenance, plan)
+    result = bench(_model(found, constraint, target), target, layers=False, reporter=reporter)
+    row = result.row
+    if row.status != "ok" or row.latency_ms is None or row.ci_low_ms is None or row.ci_high_ms is None:
+        raise MeasurementError(f"{found.result.network}: {row.status} in {row.stage}: {row.error}")
+    here, there = result.table.provenance.clock_ref_us, oracle.provenance.clock_ref_us
+    probed = row.latency_ref_ms is not None and here is not None and there is not None
+    scale = there / here if probed and here and there else 1.0
+    centre = row.latency_ref_ms if probed and row.latency_ref_ms is not None else row.latency_ms
+    return Verified(
+        oracle.provenance.device_name,
+        "ms",
+        constraint.target,
+        predicted,
+        centre * scale,
+        row.ci_low_ms * scale,
+        row.ci_high_ms * scale,
+        row.latency_ms,
+        target.simulated,
+    )
+
+
+def _model(found: Found, constraint: Constraint, target: Target) -> Model:
+    """The exported file where the back-end reads ONNX and the batch is its own; else the graph of that space."""
+    space, first = constraint.oracle.space, found.problem.space
+    if target.backend_class.artifact == "onnx" and space == first:
+        return read_model(str(found.result.network))
+    return read_model(f"{space.name}:{space.format_arch(found.result.arch)}", settings=space.settings())
+
+
+def target_of(provenance: Provenance, plan: SamplingPlan) -> Target:
+    """What a table was measured on, to measure a network in the same way.
+
+    Raises UsageError where the table was not measured by latbench, EnvironmentUnfitError where this is another device.
+    """
+    if provenance.backend not in plugins.names("latbench.backends"):
+        raise UsageError(
+            f"the table's figures come from {provenance.backend or 'elsewhere'} and cannot be measured again here; "
+            "profile this machine and search with that table"
+        )
+    simulated = plugins.load("latbench.backends", provenance.backend).clock == "model"
+    selection = devices.select(provenance.device, simulated=simulated)
+    target = Target(
+        provenance.device, provenance.device_name, provenance.backend, dict(provenance.options), plan, "isolated"
+    )
+    _ = target.backend_class  # says so where it cannot run here
+    if not simulated:
+        machine = devices.detect()
+        here = machine.host.cpu_model if selection.index is None else machine.gpus[selection.index].name
+        if here != provenance.device_name:
+            raise EnvironmentUnfitError(
+                f"the table was measured on {provenance.device_name}, this is {here}: run latbench verify there"
+            )
+    return target

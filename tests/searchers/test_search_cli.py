@@ -1,0 +1,149 @@
+"""``latbench search``, ``train`` and ``verify``, from a table to a verified network, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from command_line import refused, run
+
+from latbench.errors import EnvironmentUnfitError, UsageError
+from latbench.oracle.lut import LutOracle
+from latbench.profiling.bench import BENCH_PLAN
+from latbench.provenance import Provenance
+from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from latbench.spaces.nasbench201 import NASBench201Space
+from latbench.verify import target_of
+from searchers.base import read_result
+from searchers.testing import roofline_table
+
+SPACE = MobileNetV1Space(resolution=8, min_width=0.1, max_width=0.25, levels=3, num_classes=10)
+BENCH = ["--runs", 1, "--max-time", "20ms"]
+QUICK = ["--data", "digits", "--max-images", 200, "--epochs", 1, "--batch-size", 32, "--set", "adaptive=false"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "t.parquet"
+    roofline_table(SPACE).write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ms(table):
+    """The fastest network and the widest."""
+    oracle = LutOracle.fit(roofline_table(SPACE))
+    return oracle.fastest()[1], oracle.latency(SPACE.published["widest"])
+
+
+def us(value):
+    return f"{value * 1000:.3f}us"
+
+
+def test_from_a_table_to_a_trained_and_verified_network(table, ms, tmp_path):
+    target = 0.5 * (ms[0] + ms[1])
+    out = tmp_path / "run"
+    result = run("search", "aows", "--table", table, "--target", us(target), *QUICK, "-o", out, "--plot", out / "p.svg")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for words in ("found mobilenet_v1:", "width14", "on roofline, target", f"next: latbench verify {out}"):
+        assert words in result.stdout
+    assert (out / "p.svg").read_text().count("<svg") == 1
+    found = read_result(out)
+    assert found.result.predicted[0] <= target
+    assert found.settings["epochs"] == 1
+    before = found.result.network.read_bytes()
+
+    train = ["train", out, "--epochs", 1, "--batch-size", 64, "--set", "warmup_epochs=0"]
+    trained = json.loads(run(*train, "--json").stdout)
+    assert 0 <= trained["accuracy"] <= 1
+    found = read_result(out)
+    assert found.trained == trained
+    assert found.result.network.read_bytes() != before
+    assert "accuracy" in run(*train).stdout
+
+    (verified,) = json.loads(run("verify", out, *BENCH, "--json").stdout)["rounds"][0]
+    assert 0.003 < verified["measured"] - verified["predicted"] < 0.004, "the roofline's 3 us a call, and folded biases"
+    assert verified["simulated"]
+    assert "simulated" in run("verify", out, *BENCH).stdout
+
+
+def test_a_missed_target_is_corrected_until_it_is_met(table, ms, tmp_path):
+    target = 0.6 * ms[0] + 0.4 * ms[1]
+    assert run("search", "aows", "--table", table, "--target", us(target), *QUICK, "-o", tmp_path).exit_code == 0
+    first = read_result(tmp_path).result
+    missed = run("verify", tmp_path, *BENCH)
+    assert missed.exit_code == 2
+    assert "MISSED" in missed.stdout
+    met = run("verify", tmp_path, "--until-met", *BENCH)
+    assert met.exit_code == 0
+    assert "round 2" in met.stdout
+    found = read_result(tmp_path)
+    assert found.result.arch != first.arch
+    assert found.result.target == first.target
+    assert found.problem.constraints[0].oracle.latency(first.arch) > first.predicted[0], "the oracle was corrected"
+    assert run("verify", tmp_path, *BENCH).exit_code == 0
+
+
+def test_parameters_are_a_second_budget(table, ms, tmp_path):
+    args = ["--table", table, "--target", us(ms[1]), "--max-params", "60k", *QUICK, "-o", tmp_path, "--json"]
+    plain = json.loads(run("search", "aows", *args).stdout)
+    assert plain["unit"] == ["ms", "parameters"]
+    assert SPACE.network(tuple(plain["arch"])).n_params == plain["predicted"][1] <= 60_000
+    rounds = json.loads(run("verify", tmp_path, *BENCH, "--json").stdout)["rounds"]
+    assert [one["unit"] for one in rounds[0]] == ["ms", "parameters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--target", "1us"], "no mobilenet_v1 network meets 0.001 ms: the fastest is 0,0,0,0"),
+        (["--target", "1ms", "--data", "nothing"], "unknown data 'nothing'"),
+        (["--target", "1ms", "--target", "2ms"], "every --table needs its --target: got 1 and 2"),
+        (["--target", "1ms", "--max-params", "many"], "is no count above zero"),
+        (["--target", "1ms", "--confidence", "90%"], "cannot say what holds with confidence"),
+        (["--target", "1ms", "--set", "speed=9"], "aows has no option 'speed': epochs"),
+        (["--target", "1ms", "--set", "adaptive=maybe"], "adaptive must be true or false"),
+        (["--target", "1ms", "--set", "adaptive=true"], "temperatures need 11 epochs"),
+        (["--target", "1ms", "--batch-size", "1000"], "do not fill one batch of 1000"),
+    ],
+)
+def test_what_is_refused_before_training(table, tmp_path, words, told):
+    assert told in refused("search", "aows", "--table", table, *QUICK, "-o", tmp_path / "out", *words)
+    assert not (tmp_path / "out" / "search.ckpt").exists()
+
+
+def test_what_is_no_searcher_or_no_result(table, tmp_path):
+    args = ["--table", table, "--target", "1ms", "--data", "digits", "-o", tmp_path]
+    assert "did you mean aows" in refused("search", "aow", *args)
+    assert "latbench search first" in refused("train", tmp_path)
+    assert "latbench search first" in refused("verify", tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    assert "is damaged" in refused("verify", tmp_path)
+
+
+def test_a_table_that_is_not_for_this_searcher(tmp_path):
+    roofline_table(NASBench201Space(resolution=8, num_classes=10)).write(tmp_path / "cells.parquet")
+    args = ["--target", "9ms", *QUICK, "-o", tmp_path / "out"]
+    assert "nasbench201 is no chain" in refused("search", "aows", "--table", tmp_path / "cells.parquet", *args)
+    assert "No such file" in refused("search", "aows", "--table", tmp_path / "none.parquet", *args)
+
+
+def test_tables_of_different_spaces(table, tmp_path):
+    other = tmp_path / "other.parquet"
+    roofline_table(replace(SPACE, levels=2)).write(other)
+    args = ["--table", table, "--target", "1ms", "--table", other, "--target", "1ms", *QUICK, "-o", tmp_path / "out"]
+    assert "different networks" in refused("search", "aows", *args)
+
+
+def test_what_cannot_be_measured_again():
+    with pytest.raises(UsageError, match="come from TF-NAS and cannot be measured again"):
+        target_of(Provenance("titanrtx", "TITAN RTX", "TF-NAS"), BENCH_PLAN)
+    with pytest.raises(EnvironmentUnfitError, match="was measured on Another CPU, this is"):
+        target_of(Provenance("cpu", "Another CPU", "onnxruntime"), BENCH_PLAN)

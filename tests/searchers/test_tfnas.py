@@ -1,0 +1,469 @@
+"""TF-NAS: its laws as a searcher, its figures on the published table, and scaling against independent answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import LinearConstraint, milp
+
+from latbench.errors import InfeasibleTargetError, UsageError
+from latbench.importers import plain_pickle
+from latbench.oracle.base import Constraint, spread
+from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.lut import LutOracle
+from latbench.provenance import Provenance
+from latbench.spaces.mbconv import NONE, OPERATION_NAMES, OPERATIONS, PUBLISHED, STAGES, SWISH, WIDEST, TFNASSpace
+from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from searchers.base import Problem
+from searchers.testing import SearcherConformance, Watch, roofline_table
+from searchers.tfnas import TFNAS, _Run
+from searchers.tfnas_supernet import Choices
+from searchers.tfnas_widths import Budgets, derive, fit, scale, settle, spare_steps
+from searchers.train import Position
+from searchers.world import World
+
+REFERENCE = Path(os.environ.get("LATBENCH_REFERENCE_DATA", ""))
+PUBLISHED_TABLE = REFERENCE / "tfnas_latency_gpu.pkl"
+needs_file = pytest.mark.skipif(
+    not PUBLISHED_TABLE.is_file(), reason="needs tfnas_latency_gpu.pkl in the folder $LATBENCH_REFERENCE_DATA"
+)
+SMALL = TFNASSpace(width_multiplier=0.125, resolution=32, width_step=16, num_classes=10)
+QUICK = TFNAS(epochs=2, batch_size=32, warmup=0.5)
+N_SITES, N_OPS = 18, 8
+
+
+class TestConformance(SearcherConformance):
+    searcher = TFNAS(epochs=3, batch_size=32, warmup=0.4)
+    space = SMALL
+    max_images = 130
+    interrupt_after = 4  # of 9 steps, the first behind the warm-up
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epoch", "temperature"), [(0, 5), (10, 5), (11, 4.8), (50, 0.9768308), (89, 0.1987913)])
+def test_published_temperatures(epoch, temperature):
+    assert TFNAS(epochs=90).mixture_temperature(epoch) == pytest.approx(temperature, abs=1e-6)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.025), (10, 0.0242462), (45, 0.0125), (89, 7.61e-6)])
+def test_published_rates(epoch, rate):
+    assert TFNAS(epochs=90).rate(Position(epoch, 3, 7, 90)) == pytest.approx(rate, rel=1e-3)
+    assert TFNAS(epochs=90).n_warmup == 10
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 1}, {"epochs": 0}, {"epochs": 1, "warmup": 0.9}, {"lr": 0.0}, {"latency_weight": -1.0}]
+)
+def test_options_that_contradict_each_other(wrong):
+    with pytest.raises(UsageError, match="tfnas:"):
+        TFNAS(**wrong)
+
+
+# ---- on the published table -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published GPU table as an oracle, its entries placed by their keys; the importer has tests of its own."""
+    space = TFNASSpace(batch=32, width_step=1)
+    raw = plain_pickle.loads(PUBLISHED_TABLE.read_bytes(), str(PUBLISHED_TABLE))
+    factors = [Factor("stem and head", (), np.array(raw["base"]))]
+    for site in space.block_sites:
+        act = "swish" if STAGES[site.stage].activation == SWISH else "relu"
+        widths = space.decisions[site.scope[1]].options
+        rows = [
+            [
+                raw[
+                    f"MBInvertedResBlock_{site.side}_{site.in_channels}_{o.squeeze * site.in_channels}_"
+                    f"{site.out_channels}_k{o.kernel_size}_s{site.stride}_{act}"
+                ][width * o.max_expansion // WIDEST]
+                for width in widths
+            ]
+            for o in OPERATIONS
+        ]
+        rows += [[0.0] * len(widths)] * (site.position > 0)
+        factors.append(Factor(site.name, site.scope, np.array(rows)))
+    return FactorOracle(space, tuple(factors), Provenance(device="titan_rtx", device_name="", backend=""))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads((REFERENCE / "tfnas_golden.json").read_text())
+
+
+def budgets_of(oracle, target):
+    return Budgets.of(Problem((Constraint(oracle, target),), "digits", Path("unused")))
+
+
+def initial(budgets):
+    return budgets.widest * 3 // 4
+
+
+def tfnas_a(budgets, *, widths):
+    """The published operations, at their widths or at the initial ones."""
+    pairs = [pair for stage in PUBLISHED["tfnas-a"] for pair in stage]
+    chosen = initial(budgets)
+    for i, (o, width) in enumerate(pairs):
+        chosen[i, o] = width if widths else chosen[i, o]
+    return tuple(o for o, _ in pairs), chosen
+
+
+@needs_file
+@pytest.mark.parametrize("case", range(8))
+def test_published_elasticity(published, golden, case):
+    want = golden["elasticity"][case]
+    if want["device"] != "gpu":
+        pytest.skip("its table, of a CPU, is not among the reference data")
+    budgets = budgets_of(published, want["target_ms"])
+    if "op_everywhere" in want:
+        ops, widths = (OPERATION_NAMES.index(want["op_everywhere"]),) * N_SITES, initial(budgets)
+    else:
+        ops, widths = tfnas_a(budgets, widths=False)
+    trace = scale(budgets, ops, widths, faithful=True)
+    assert budgets.cost(ops, trace[-1])[0] == pytest.approx(want["final_ms"], rel=1e-12)
+    assert [budgets.cost(ops, w)[0] for w in trace] == pytest.approx(want["trace_after_each_call"], abs=1e-4)
+    if "final_widths" in want:
+        assert [int(w[o]) for w, o in zip(trace[-1], ops, strict=True)] == want["final_widths"]
+
+
+@needs_file
+def test_the_published_network_is_its_own_answer(published):
+    budgets = budgets_of(published, 18.0)
+    ops, widths = tfnas_a(budgets, widths=True)
+    assert budgets.cost(ops, widths)[0] == pytest.approx(17.999473, abs=1e-6)
+    assert (scale(budgets, ops, widths, faithful=True)[-1] == widths).all()
+    arch = budgets.arch(ops, widths)
+    assert arch == published.space.published["tfnas-a"]
+    network = published.space.network(arch)
+    assert network.n_params == 8_757_527
+    assert network.macs == 32 * 456_675_855  # and 456,747,736 by the released counter: tests/spaces/test_mbconv.py
+
+
+@needs_file
+def test_widening_may_reach_every_end(published):
+    budgets = budgets_of(published, 15.0)
+    ops = (0,) * N_SITES
+    assert budgets.cost(ops, scale(budgets, ops, initial(budgets), faithful=True)[-1])[0] == pytest.approx(
+        11.499363, abs=1e-6
+    )
+    assert budgets.cost(ops, scale(budgets, ops, initial(budgets))[-1])[0] == pytest.approx(11.517717, abs=1e-6)
+
+
+@needs_file
+@pytest.mark.parametrize(("full", "expected", "loss"), [(False, 10.806680, 0.02795547), (True, 14.803933, 0.00130712)])
+def test_published_expectations_and_losses(published, full, expected, loss):
+    budgets = budgets_of(published, 15.0)
+    (settled,) = budgets.settled(initial(budgets))
+    choices = Choices(budgets.space).double()
+    if full:
+        with torch.no_grad():
+            choices.betas[[1, 4, 8, 12, 16, 17]] = 100.0
+    k = max(len(decision.options) for decision in budgets.space.decisions)
+    cost = settled.expected_latency(choices.probs(choices.alphas.exp(), k))
+    assert float(cost.detach()) == pytest.approx(expected, abs=1e-6)
+    assert 0.1 * abs(float(cost.detach()) / 15.0 - 1) == pytest.approx(loss, abs=1e-7)
+    if not full:
+        cost.backward()
+        assert choices.betas.grad[:2].tolist() == pytest.approx([-0.381188, 0.381188], abs=1e-6)
+        assert choices.betas.grad[5:9].tolist() == pytest.approx([-0.181829, -0.060610, 0.060610, 0.181829], abs=1e-6)
+
+
+@needs_file
+def test_published_sums_of_single_operations(published, golden):
+    budgets = budgets_of(published, 15.0)
+    for name, want in golden["gpu"]["full_depth_single_op"].items():
+        ops = (OPERATION_NAMES.index(name),) * N_SITES
+        for widths, key in ((budgets.narrowest, "min_width"), (initial(budgets), "init_width"),
+                            (budgets.widest, "max_width")):  # fmt: skip
+            assert budgets.cost(ops, widths)[0] == pytest.approx(want[key], rel=1e-12)
+
+
+# ---- costs and scaling ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    return LutOracle.fit(roofline_table(TFNASSpace(width_multiplier=0.25, resolution=32, num_classes=10)))
+
+
+def drawn(budgets, rng):
+    """Operations with depths, and whole widths of all of them."""
+    ops = rng.integers(0, N_OPS, N_SITES)
+    for stage in range(6):
+        (sites,) = np.nonzero(budgets.stages == stage)
+        ops[sites[rng.integers(1, len(sites) + 1) :]] = NONE
+    widths = rng.integers(budgets.narrowest, budgets.widest + 1)
+    return tuple(ops.tolist()), widths
+
+
+def test_a_width_between_two_options_is_their_expectation(roofline):
+    budgets = budgets_of(roofline, 1.0)
+    rng = np.random.default_rng(0)
+    space = budgets.space
+    k = max(len(decision.options) for decision in space.decisions)
+    for _ in range(10):
+        ops, widths = drawn(budgets, rng)
+        probs = np.zeros((len(space.decisions), k))
+        for site, o, row in zip(space.block_sites, ops, widths, strict=True):
+            operation, width = site.scope
+            probs[operation, o] = 1
+            decision = space.decisions[width]
+            option = decision.options[0] if o == NONE else row[o] * WIDEST / OPERATIONS[o].max_expansion
+            probs[width, : len(decision.options)] = spread(decision, float(option))
+        assert budgets.cost(ops, widths)[0] == pytest.approx(float(roofline.expected_latency(probs)), rel=1e-12)
+
+
+def test_settled_oracles_know_the_widths(roofline):
+    budgets = budgets_of(roofline, 1.0)
+    rng = np.random.default_rng(1)
+    ops, widths = drawn(budgets, rng)
+    (settled,) = budgets.settled(widths)
+    arch = [0] * (2 * N_SITES)
+    arch[::2] = ops
+    assert settled.latency(tuple(arch)) == pytest.approx(budgets.cost(ops, widths)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scaling_ends_one_step_from_the_target(roofline, seed):
+    """After it the network is within, and a step more of the last stage is not; or all are at an end."""
+    rng = np.random.default_rng(seed)
+    budgets = budgets_of(roofline, 1.0)
+    ops, widths = drawn(budgets, rng)
+    cost = budgets.cost(ops, widths)[0]
+    budgets = replace(budgets, limits=np.array([cost * rng.uniform(0.8, 1.25)]))
+    *_, found = [widths, *scale(budgets, ops, widths)]
+    others = [(i, o) for i in range(N_SITES) for o in range(N_OPS) if ops[i] != o]
+    assert all(found[at] == widths[at] for at in others), "what is not derived keeps its width"
+    kept = [(i, o) for i, o in enumerate(ops) if o != NONE]
+    if not budgets.within(budgets.cost(ops, found)):
+        assert all(found[at] == budgets.narrowest[at] for at in kept)
+        return
+    once_more = found.copy()
+    last = (17, ops[17])
+    once_more[last] += 1
+    assert found[last] == budgets.widest[last] or not budgets.within(budgets.cost(ops, once_more))
+    settled = settle(budgets, ops, found)
+    arch = budgets.arch(ops, settled)
+    assert roofline.latency(arch) <= budgets.limits[0]
+    assert spare_steps(budgets, ops, settled) < 1
+    for at in kept:
+        options = budgets.options[at[0]][at[1]]
+        if settled[at] < options[-1]:
+            wider = settled.copy()
+            wider[at] = options[np.searchsorted(options, settled[at]) + 1]
+            assert not budgets.within(budgets.cost(ops, wider))
+
+
+def test_a_network_on_its_target_stays(roofline):
+    budgets = budgets_of(roofline, 1.0)
+    ops, widths = drawn(budgets, np.random.default_rng(5))
+    assert scale(replace(budgets, limits=budgets.cost(ops, widths)), ops, widths) == []
+
+
+def test_steps_are_multiples_of_the_narrowest(roofline):
+    budgets = replace(budgets_of(roofline, 1.0), limits=np.array([1e9]))
+    ops = (1,) * N_SITES
+    widths = initial(budgets)
+    nearly = budgets.cost(ops, widths)
+    for shift in range(1, 4):
+        wider = widths.copy()
+        wider[:, 1] += shift * np.rint(widths[:, 1] / widths[:, 1].min()).astype(int)
+        found = fit(replace(budgets, limits=budgets.cost(ops, wider)), ops, widths, 0, 1)
+        assert (found == wider).all()
+    assert (fit(replace(budgets, limits=nearly), ops, widths, 0, 1) == widths).all()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 1.5, 2.0])
+def test_what_is_derived_is_the_likeliest_that_fits(roofline, share):
+    """Against a mixed-integer programme over operations and depths; shares above 1 of its widest networks."""
+    rng = np.random.default_rng(int(100 * share))
+    budgets = budgets_of(roofline, 1.0)
+    log_alphas = np.log(rng.dirichlet(np.ones(N_OPS), N_SITES))
+    log_betas = np.concatenate([np.log(rng.dirichlet(np.ones(n))) for n in (2, 3, 4, 4, 4, 1)])
+    low = roofline.fastest()[1]
+    free = derive(replace(budgets, limits=np.array([np.inf])), log_alphas, log_betas)
+    assert all(o in (NONE, int(row.argmax())) for o, row in zip(free, log_alphas, strict=True))
+    for stage in range(6):
+        (sites,) = np.nonzero(budgets.stages == stage)
+        assert [free[i] == NONE for i in sites] == [p > log_betas[sites].argmax() for p in range(len(sites))]
+    least, most = (budgets.cost(free, widths)[0] for widths in (budgets.narrowest, budgets.widest))
+    limit = low + share * (least - low) if share < 1 else share * most
+    budgets = replace(budgets, limits=np.array([limit]))
+    found = derive(budgets, log_alphas, log_betas)
+    assert found != free
+    assert budgets.within(budgets.cost(found, budgets.narrowest))
+    assert budgets.cost(found, budgets.widest)[0] >= limit
+    assert value(budgets, found, log_alphas, log_betas) == pytest.approx(programme(budgets, log_alphas, log_betas))
+
+
+def value(budgets, ops, log_alphas, log_betas):
+    """Sum of log-probabilities, each block's less its likeliest's."""
+    total = sum(row[o] - row.max() for o, row in zip(ops, log_alphas, strict=True) if o != NONE)
+    for stage in range(6):
+        (sites,) = np.nonzero(budgets.stages == stage)
+        depth = sum(ops[i] != NONE for i in sites)
+        assert all(ops[i] != NONE for i in sites[:depth])
+        total += log_betas[sites[depth - 1]]
+    return total
+
+
+def programme(budgets, log_alphas, log_betas):
+    """Its optimum by HiGHS: operations (18 x 8) and depths (18), all binary."""
+    n = N_SITES * N_OPS
+    gains = np.concatenate([(log_alphas - log_alphas.max(axis=1, keepdims=True)).ravel(), log_betas])
+    cost = np.concatenate([budgets.table(budgets.narrowest)[0].ravel(), np.zeros(N_SITES)])
+    dear = np.concatenate([budgets.table(budgets.widest)[0].ravel(), np.zeros(N_SITES)])
+    limit = budgets.limits[0] - budgets.base[0]
+    rows, ends = [cost, dear], [(-np.inf, limit), (limit, np.inf)]
+    for i in range(N_SITES):
+        row = np.zeros(n + N_SITES)  # a block is there exactly where its stage is at least so deep
+        row[i * N_OPS : (i + 1) * N_OPS] = 1
+        deeper = [j for j in range(i, N_SITES) if budgets.stages[j] == budgets.stages[i]]
+        row[[n + j for j in deeper]] = -1
+        rows.append(row)
+        ends.append((0, 0))
+    for stage in range(6):
+        row = np.zeros(n + N_SITES)
+        row[n + np.flatnonzero(budgets.stages == stage)] = 1
+        rows.append(row)
+        ends.append((1, 1))
+    low, high = zip(*ends, strict=True)
+    done = milp(-gains, constraints=LinearConstraint(np.array(rows), low, high), integrality=1, bounds=(0, 1))
+    assert done.success
+    return -done.fun
+
+
+# ---- the search -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    return LutOracle.fit(roofline_table(SMALL))
+
+
+def between(oracle, share):
+    rng = np.random.default_rng(0)
+    high = oracle.latencies(np.array([oracle.space.sample(rng) for _ in range(200)])).max()
+    low = oracle.fastest()[1]
+    return float(low + share * (high - low))
+
+
+def problem_of(out, *constraints, max_images=130, **more):
+    return Problem(tuple(Constraint(*pair) for pair in constraints), "digits", out, max_images=max_images, **more)
+
+
+def test_probabilities_rest_in_the_warmup_and_move_every_second_step(small, tmp_path):
+    problem = problem_of(tmp_path, (small, between(small, 0.4)), max_images=210)
+    run = _Run(QUICK, problem, Budgets.of(problem), World.here("cpu"))
+    steps = len(run.batches)
+    assert steps == 5
+    before, widths = copies(run), run.net.widths()
+    batch = next(run.batches.epoch(0))
+    run.step(batch, Position(0, 0, steps, 2))
+    run.end_epoch(0)
+    assert all(torch.equal(a, b) for a, b in zip(copies(run), before, strict=True))
+    assert (run.net.widths() == widths).all()
+    run.train(None)
+    (first, _) = run.choice_update.optimizer.state.values()
+    assert int(first["step"]) == 3, "steps 0, 2 and 4 of the second epoch"
+    assert run.choices.alphas.detach().logsumexp(-1).numpy() == pytest.approx(0, abs=1e-6)
+    assert not torch.equal(run.choices.alphas, before[0])
+
+
+def copies(run):
+    return [p.detach().clone() for p in run.choices.parameters()]
+
+
+def test_faithful_optimisers_forget(small, tmp_path):
+    problem = problem_of(tmp_path, (small, between(small, 0.4)))
+    run = _Run(replace(QUICK, faithful=True), problem, Budgets.of(problem), World.here("cpu"))
+    run.train(None)
+    assert not run.weight_update.optimizer.state
+    assert not run.choice_update.optimizer.state
+
+
+def test_another_target_is_answered_without_training(small, tmp_path):
+    first = QUICK.search(problem_of(tmp_path, (small, between(small, 0.4))))
+    watch = Watch()
+    target = 0.8 * between(small, 0.4)
+    other = QUICK.search(problem_of(tmp_path, (small, target)), reporter=watch)
+    assert watch.steps == 0
+    assert other.arch != first.arch
+    assert other.predicted[0] <= target < first.predicted[0]
+    assert other.history == first.history
+
+
+def test_two_devices(small, tmp_path):
+    """One whose later stages are dear, one whose earlier ones are."""
+    skewed = [
+        replace(small, factors=tuple(replace(f, values=f.values * w) for f, w in zip(small.factors, ws, strict=True)))
+        for ws in (np.geomspace(0.5, 2, 20), np.geomspace(2, 0.5, 20))
+    ]
+    problem = problem_of(tmp_path, *((oracle, between(oracle, 0.3)) for oracle in skewed))
+    result = QUICK.search(problem)
+    assert problem.satisfied(result.arch)
+    assert result.predicted == tuple(oracle.latency(result.arch) for oracle in skewed)
+    assert result.notes["spare_steps"] < 1
+    assert {"predicted0", "predicted1"} <= set(result.history[-1])
+
+
+def test_budgets_that_exclude_each_other_end_at_once(small, tmp_path):
+    both = []
+    for parity in (0, 1):  # one cannot afford even operations, one cannot afford odd ones
+        dear = np.where(np.arange(N_OPS + 1) % 2 == parity, 1.0, 0.01)
+        dear[NONE] = 0.0
+        factors = [
+            Factor(f.site, f.scope, f.values * 0 + dear[: len(f.values), None]) for f in small.factors if f.scope
+        ]
+        both.append((replace(small, factors=tuple(factors)), 1.0))
+    for one in both:
+        Budgets.of(problem_of(tmp_path, one))
+        assert one[0].fastest()[1] < 1
+    with pytest.raises(InfeasibleTargetError, match="not all of them together"):
+        QUICK.search(problem_of(tmp_path / "out", *both))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_searched_is_refused(small, tmp_path):
+    other = FactorOracle.counting(MobileNetV1Space(resolution=32), "macs")
+    with pytest.raises(UsageError, match="searches the space tfnas, not mobilenet_v1"):
+        QUICK.search(problem_of(tmp_path, (other, 1e9)))
+    tangled = replace(small, factors=(*small.factors, Factor("between", (1, 2), np.ones((3, 9)))))
+    assert len(small.space.decisions[1].options) == 3
+    with pytest.raises(UsageError, match=r"sums over blocks"):
+        QUICK.search(problem_of(tmp_path, (tangled, 1e9)))
+
+    class Opaque:
+        space, unit = small.space, "ms"
+
+    with pytest.raises(UsageError, match="not Opaque"):
+        QUICK.search(problem_of(tmp_path, (Opaque(), 1.0)))
+    diverging = problem_of(tmp_path, (small, between(small, 0.4)))
+    with pytest.raises(UsageError, match="loss is no longer finite"):
+        replace(QUICK, lr=1e30).search(diverging)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_digits_are_learned_at_the_target(roofline, tmp_path, seed):
+    target = between(roofline, 0.4)
+    problem = Problem((Constraint(roofline, target),), "digits", tmp_path, seed)
+    result = TFNAS(lr=0.1).search(problem)
+    assert problem.satisfied(result.arch)
+    assert result.notes["spare_steps"] < 1
+    scaled = [row for row in result.history if "predicted0" in row]
+    assert all(row["predicted0"] <= target for row in scaled)
+    assert result.score > 0.5  # chance 0.1
