@@ -113,9 +113,8 @@ def _verify(found: Found, constraint: Constraint, plan: SamplingPlan, reporter: 
     if row.status != "ok" or row.latency_ms is None or row.ci_low_ms is None or row.ci_high_ms is None:
         raise MeasurementError(f"{found.result.network}: {row.status} in {row.stage}: {row.error}")
     here, there = result.table.provenance.clock_ref_us, oracle.provenance.clock_ref_us
-    probed = row.latency_ref_ms is not None and here is not None and there is not None
-    scale = there / here if probed and here and there else 1.0
-    centre = row.latency_ref_ms if probed and row.latency_ref_ms is not None else row.latency_ms
+    scale = there / here if here and there else 1.0
+    centre = row.latency_ms if row.latency_ref_ms is None else row.latency_ref_ms  # what the interval is around
     return Verified(
         oracle.provenance.device_name,
         "ms",

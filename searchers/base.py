@@ -110,8 +110,11 @@ class Problem:
 
     @property
     def data_name(self) -> str:
-        """The text that names the data."""
-        return self.data if isinstance(self.data, str) else self.data.name
+        """The text that names the data wherever one stands: paths are absolute."""
+        if not isinstance(self.data, str):
+            return self.data.name
+        kind, colon, where = self.data.partition(":")
+        return f"{kind}:{Path(where).resolve()}" if colon else kind
 
     def predicted(self, arch: Arch) -> tuple[float, ...]:
         """What each constraint's oracle says of `arch`."""

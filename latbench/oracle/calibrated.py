@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky
 from scipy.optimize import minimize
 
-from latbench.errors import TableError, UsageError
+from latbench.errors import MissingEntryError, TableError, UsageError
 from latbench.graph.ir import Graph
 from latbench.oracle.base import Archs, Floats, P, check_archs, one_hot
 from latbench.oracle.conformal import Conformal
@@ -120,13 +120,20 @@ class CalibratedOracle:
         measure: Measure | None = None,
         curve: bool = True,
     ) -> CalibratedOracle:
-        """Raises TableError where the table has no blocks or no networks to calibrate with, UsageError as LutOracle."""
+        """Networks with a block that the table lacks are left out.
+
+        Raises TableError where the table has no blocks or no networks to calibrate with, UsageError as LutOracle.
+        """
         base = LutOracle.fit(table, missing=missing, context=context, measure=measure)
         archs, measured = table.networks()
         if not len(archs):
             raise TableError("the table has no measured network to calibrate with: profile --networks N, or use lut")
         space = cast(FactoredSpace, base.space)
         canonical = _canonical(space, archs)
+        whole = np.array([_summed(base, arch) for arch in canonical])
+        if not whole.any():
+            raise TableError(f"every measured network has a block that the table lacks: {_why(base, canonical[0])}")
+        canonical, measured = canonical[whole], measured[whole]
         sums_ms = base.latencies(canonical)
         if not (sums_ms > 0).all():
             raise TableError("the blocks of a measured network add up to no positive latency: the table is damaged")
@@ -134,7 +141,7 @@ class CalibratedOracle:
         phi, weights = design.of(canonical, sums_ms)
         errors = measured / sums_ms - 1
         posterior, predicted, sd = _fit(phi / sums_ms[:, None], weights, sums_ms, errors, design, curve)
-        calibration = Conformal.of(1 + predicted, 1 + errors, sd) if len(archs) > 2 else None
+        calibration = Conformal.of(1 + predicted, 1 + errors, sd) if len(canonical) > 2 else None
         return cls(space, table.provenance, base, design, posterior, calibration)
 
     # -- queries
@@ -311,6 +318,19 @@ class CalibratedOracle:
 
 
 _POSTERIOR = ("log_widths", "phi", "weights", "sums_ms", "inverse", "alpha")
+
+
+def _summed(base: LutOracle, arch: NDArray[np.int64]) -> bool:
+    """Whether every block of `arch` has an entry."""
+    return not _why(base, arch)
+
+
+def _why(base: LutOracle, arch: NDArray[np.int64]) -> str:
+    try:
+        base.latency(tuple(int(i) for i in arch))
+    except MissingEntryError as error:
+        return str(error)
+    return ""
 
 
 def _design(space: FactoredSpace, base: LutOracle, archs: NDArray[np.int64], sums_ms: Floats) -> Design:

@@ -140,6 +140,18 @@ def test_a_missing_block_is_missed_and_never_free():
     assert filled.sources(tuple(map(int, arch)))["interpolated"] == 1
 
 
+def test_networks_with_a_missing_block_are_left_out():
+    archs, _ = networks(30, 0)
+    lost = next(SPACE.blocks(tuple(map(int, archs[0])))).key  # a stem: one network in six has it
+    oracle = CalibratedOracle.fit(table(30, drop=(lost,)))
+    kept = sum(next(SPACE.blocks(tuple(map(int, arch)))).key != lost for arch in archs)
+    assert 15 < len(oracle.posterior.alpha) == kept < 30
+    rows = [row for row in table(30, drop=(lost,)).rows() if row.kind == "block" or row.key == "net0"]
+    one = LatencyTable.from_rows(rows, oracle.provenance)
+    with pytest.raises(TableError, match=f"every measured network has a block.*{lost}"):
+        CalibratedOracle.fit(one)
+
+
 def test_what_is_lacking_is_named():
     with pytest.raises(TableError, match="no measured network"):
         CalibratedOracle.fit(table(0))

@@ -164,6 +164,12 @@ def test_a_problem_s_splits(tmp_path):
         Splits.of(problem("digits", max_images=1), 10)
 
 
+def test_a_problem_names_its_data_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert problem("digits").data_name == "digits"
+    assert problem("folder:images").data_name == f"folder:{tmp_path.resolve() / 'images'}"
+
+
 def batches(**changes):
     settings = {"batch_size": 16, "seed": 3, **changes}
     return Batches(open_data("digits"), "train", np.arange(100), train_transform(12, mirrored=False), **settings)
