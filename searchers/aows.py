@@ -8,7 +8,7 @@ the current answer, ever colder.
 
 Differs from the paper and its released code:
 
-* The budgeted path is optimal, not that of the Lagrangian relaxation, which leaves 2 to 4 % of the budget unused; the
+* The budgeted path is optimal, not that of the Lagrangian relaxation, which leaves 2 to 3 % of the budget unused; the
   relaxed answer is reported beside it. Multipliers are the dual's exact ones, not 12 bisections of [0, 10].
 * Several budgets may hold at once.
 * Masks stand where channels mix, so a masked network is the trimmed one (``slimmable.Slimmable``); `leaky` restores
@@ -21,7 +21,7 @@ Differs from the paper and its released code:
   and new cells are not comparable.
 * `window` is one epoch's share of a cell, 1,000 images at least; theirs 100,000, one epoch's share on ImageNet.
 * Cells never visited follow the prior, or their neighbours; theirs count as the widest network.
-* Weights of the found network come with batch norms recalibrated (Yu et al., ICLR 2019).
+* Weights of the found network come with batch norms recalibrated (Yu, Huang, ICCV 2019).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class AOWS:
     def _train(
         self, problem: Problem, paths: Paths, budgets: tuple[float, ...], world: World, reporter: Reporter | None
     ) -> tuple[Slimmable, Statistics, tuple[Mapping[str, Any], ...]]:
-        """Section 3: the slimmable network and its statistics, resumed from where they stand."""
+        """The slimmable network and its statistics, resumed from where they stand."""
         torch.manual_seed(problem.seed)
         net = world.place(Slimmable(problem.space, leaky=self.leaky)).train()
         batches = train_batches(problem, Splits.of(problem, num_classes(net.graph)), world, self.batch_size)
@@ -184,7 +184,7 @@ class AOWS:
         n: int,
         rng: np.random.Generator,
     ) -> tuple[Ints, dict[str, float]]:
-        """(n, L) widths for one batch, and what they were drawn with. Section 4: adaptive refinement."""
+        """(n, L) widths for one batch, and what they were drawn with: uniform, or around the current answer."""
         uniform = (np.arange(paths.scores.shape[1]) < paths.sizes[:, None]) / paths.sizes[:, None]  # (L, M)
         if not self.adaptive or at.epoch < self.warmup_epochs:
             return sample_layers(uniform, paths.sizes, n, rng), {"entropy": entropy(uniform)}

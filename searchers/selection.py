@@ -1,10 +1,10 @@
 """The best architecture under budgets, proven: label setting on the chain, seeded by the exact Lagrangian dual.
 
-Berman et al. 2020, section 3.3, maximise the sum of scores under one budget by a search over its multiplier. That
-relaxation is solved exactly here too (Handler and Zang 1980: its breakpoints instead of a bisection) and reported, but
-its answer leaves 2 to 4 % of the budget unused. From its multiplier follow bounds on what any completion of a partial
-path can score; labels (score, costs) that cannot beat the best known path, cannot keep the budgets, or are dominated
-are dropped, and what is left after the last layer is optimal.
+Berman et al. 2020 maximise the sum of scores under one budget by a search over its multiplier. That relaxation is
+solved exactly here too (Handler and Zang 1980: its breakpoints instead of a bisection) and reported, but its answer
+leaves 2 to 3 % of the budget unused (``benchmarks/aows_selection.py``). From its multiplier follow bounds on what any
+completion of a partial path can score; labels (score, costs) that cannot beat the best known path, cannot keep the
+budgets, or are dominated are dropped, and what is left after the last layer is optimal.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ at once: a network is over where any is exceeded.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise as pairs
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
 
-from latbench.errors import InfeasibleTargetError, UsageError
+from latbench.errors import UsageError
 from latbench.oracle.factors import Chain, Factor, FactorOracle
 from latbench.spaces.base import Arch
 from latbench.spaces.mbconv import NONE, OPERATIONS, WIDEST, TFNASSpace
@@ -21,6 +21,7 @@ from searchers.base import TOLERANCE, Problem
 from searchers.chains import Floats, Ints, Paths
 from searchers.selection import select
 
+MARGIN = 1e-6  # of a budget: above the integer programme's tolerance
 Operations = tuple[int, ...]  # per site one of OPERATIONS, or NONE: what is derived
 
 
@@ -158,43 +159,76 @@ def derive(budgets: Budgets, log_alphas: Floats, log_betas: Floats) -> Operation
         sites = np.flatnonzero(budgets.stages == stage)
         for site in sites[int(log_betas[sites].argmax()) + 1 :]:
             ops[site] = NONE
-    unused = budgets.cost(tuple(ops), budgets.widest) < budgets.limits
-    if budgets.within(budgets.cost(tuple(ops), budgets.narrowest)) and not unused.all():
-        return tuple(ops)
-    scores = _scores(budgets, log_alphas, log_betas)
-    n = len(budgets.limits)
-    least, limits = [_chain(budgets, c, budgets.narrowest, 1) for c in range(n)], budgets.limits.tolist()
-    found = []
-    for c in range(n):
-        used = _chain(budgets, c, budgets.widest, -1)
-        with suppress(InfeasibleTargetError):
-            found.append(select(Paths.of(scores, [*least, used]), [*limits, -limits[c]]))
-    best = max(found, key=lambda one: one.score) if found else select(Paths.of(scores, least), limits)
-    return tuple(int(o) for o in best.path)
+    likeliest = tuple(ops)
+    fits = budgets.within(budgets.cost(likeliest, budgets.narrowest))
+    if fits and (budgets.cost(likeliest, budgets.widest) >= budgets.limits).any():
+        return likeliest
+    gains = log_alphas - log_alphas.max(axis=1, keepdims=True)
+    found = [_likeliest(budgets, gains, log_betas, c) for c in range(len(budgets.limits))]
+    if any(score > -np.inf for score, _ in found):
+        return max(found)[1]
+    return likeliest if fits else _kept(budgets, gains, log_betas)
 
 
-def _scores(budgets: Budgets, log_alphas: Floats, log_betas: Floats) -> list[Floats]:
-    """Per site (O,), and 0 for its absence where it may be absent: a network's sum is its log-probability, its kept
-    blocks' relative to the likeliest, less a constant."""
+def _likeliest(budgets: Budgets, gains: Floats, log_betas: Floats, used: int) -> tuple[float, Operations]:
+    """The best sum of gains and the log-probability of depths, by an integer programme, and its operations; -inf where
+    none keeps the budgets at its narrowest and exceeds budget `used` at its widest.
+
+    Binary variables: 18 x 8 operations, 18 depths. A block has one operation if its stage is deep enough, else none.
+    """
+    n_sites, n_ops = gains.shape
+    blocks = np.kron(np.eye(n_sites), np.ones(n_ops))  # (L, L * O) operations of each block
+    same = budgets.stages[:, None] == budgets.stages
+    deeper = np.triu(same)  # (L, L): depths with which a block is there
+    each_stage = np.arange(budgets.stages[-1] + 1)[:, None] == budgets.stages
+    room = budgets.limits - budgets.base
+    scale_by = np.abs(budgets.limits)[:, None]
+    low, high = (
+        budgets.table(widths).reshape(len(room), -1) / scale_by for widths in (budgets.narrowest, budgets.widest)
+    )
+    nothing = np.zeros((len(room), n_sites))
+    share = room / scale_by[:, 0]
+    done = milp(
+        -np.concatenate([gains.ravel(), log_betas]),
+        integrality=np.ones(gains.size + n_sites, np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(np.hstack([blocks, -deeper.astype(float)]), 0, 0),
+            LinearConstraint(np.hstack([np.zeros((len(each_stage), gains.size)), each_stage]), 1, 1),
+            LinearConstraint(np.hstack([low, nothing]), -np.inf, share - MARGIN),
+            LinearConstraint(np.hstack([high, nothing])[used], share[used] + MARGIN, np.inf),
+        ],
+        options={"mip_rel_gap": 1e-6},
+    )
+    if done.x is None:
+        return -np.inf, ()
+    chosen = done.x[: gains.size].reshape(gains.shape)  # (L, O)
+    return -done.fun, tuple(int(row.argmax()) if row.max() > 0.5 else NONE for row in chosen)
+
+
+def _kept(budgets: Budgets, gains: Floats, log_betas: Floats) -> Operations:
+    """The same where hardly a network keeps the budgets: exact to the last bit, and nothing must be used up."""
     first = np.append(True, budgets.stages[1:] != budgets.stages[:-1])
     deeper = log_betas - np.where(first, 0.0, np.roll(log_betas, 1))  # up to block d they sum up to log beta[d]
     sites = budgets.space.block_sites
-    return [
-        np.append(row - row.max() + depth, [0.0] if site.position else [])
-        for site, row, depth in zip(sites, log_alphas, deeper, strict=True)
+    scores = [
+        np.append(row + depth, [0.0] if site.position else [])
+        for site, row, depth in zip(sites, gains, deeper, strict=True)
     ]
+    chains = [_chain(budgets, c) for c in range(len(budgets.limits))]
+    return tuple(int(o) for o in select(Paths.of(scores, chains), budgets.limits.tolist()).path)
 
 
-def _chain(budgets: Budgets, c: int, widths: Ints, sign: int) -> Chain:
-    """A cost of operations, or its negative; a block behind an absent one of its stage is beyond any budget."""
-    costs = sign * budgets.table(widths)[c]  # (L, O)
+def _chain(budgets: Budgets, c: int) -> Chain:
+    """A cost at the narrowest; a block behind an absent one of its stage is beyond any budget."""
+    costs = budgets.table(budgets.narrowest)[c]  # (L, O)
     sites = budgets.space.block_sites
     unary = tuple(np.append(row, [0.0] if s.position else []) for s, row in zip(sites, costs, strict=True))
     pairwise = [np.zeros((len(a), len(b))) for a, b in pairs(unary)]
     for site, pair in zip(sites[1:], pairwise, strict=True):
         if site.position > 1:
-            pair[NONE, :NONE] = 10 * (abs(budgets.limits[c]) + np.abs(costs).max(axis=1).sum())
-    return Chain(sign * float(budgets.base[c]), unary, tuple(pairwise))
+            pair[NONE, :NONE] = 10 * (abs(budgets.limits[c]) + costs.max(axis=1).sum())
+    return Chain(float(budgets.base[c]), unary, tuple(pairwise))
 
 
 # ---- elasticity scaling ---------------------------------------------------------------------------------------------

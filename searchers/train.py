@@ -257,7 +257,7 @@ def evaluate(forward: Callable[[Tensor], Tensor], batches: Batches, world: World
 def recalibrate(module: nn.Module, batches: Batches, world: World, *, steps: int = 32) -> None:
     """Sets running statistics of batch norms to the mean over some batches: after weights moved to another width.
 
-    Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.
+    Yu, Huang: Universally Slimmable Networks and Improved Training Techniques, ICCV 2019.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [norm.momentum for norm in norms]

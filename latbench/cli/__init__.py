@@ -39,7 +39,7 @@ EPILOG = """\b
 Exit status:
   0  ok
   1  usage or user error
-  2  some rows failed
+  2  some rows failed, or a target was missed
   3  regression
   4  environment unfit: no such device or back-end here
 """

@@ -113,5 +113,7 @@ def _told(problem: Problem, result: SearchResult) -> str:
             f"  predicted {format_amount(predicted, oracle.unit)}{where}, target "
             f"{format_amount(constraint.target, oracle.unit)} ({predicted / constraint.target:.1%} of it)"
         )
+    if "accuracy" in result.notes:
+        lines.append(f"  accuracy {result.notes['accuracy']:.2%} on held-out images, with the weights of the search")
     lines += [f"  score {result.score:.4g}", f"written to {problem.out}; next: latbench verify {problem.out}"]
     return "\n".join(lines)

@@ -122,6 +122,7 @@ class TFNASSpace(FactoredSpace):
     width_multiplier: float = 1.0
 
     name: ClassVar[str] = "tfnas"
+    stages: ClassVar[tuple[Stage, ...]] = STAGES
     min_resolution: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
@@ -144,7 +145,7 @@ class TFNASSpace(FactoredSpace):
         """The 18 searchable blocks, in order."""
         sites: list[BlockSite] = []
         side, channels = _halved(self.resolution), self._scaled(FIRST_CHANNELS)
-        for i, stage in enumerate(STAGES):
+        for i, stage in enumerate(self.stages):
             out_channels = self._scaled(stage.out_channels)
             for position in range(stage.n_blocks):
                 stride = 1 if position else stage.stride
@@ -195,11 +196,11 @@ class TFNASSpace(FactoredSpace):
     def encode(self, stages: Sequence[Sequence[tuple[int, int]]]) -> Arch:
         """Per stage, per kept block, (operation, mid channels) -> architecture. Raises UsageError where it has none."""
         arch: list[int] = []
-        if len(stages) != len(STAGES):
-            raise UsageError(f"{self.name}: there are {len(STAGES)} stages, got {len(stages)}")
+        if len(stages) != len(self.stages):
+            raise UsageError(f"{self.name}: there are {len(self.stages)} stages, got {len(stages)}")
         for site in self.block_sites:
             blocks = stages[site.stage]
-            most = STAGES[site.stage].n_blocks
+            most = self.stages[site.stage].n_blocks
             if not 1 <= len(blocks) <= most:
                 raise UsageError(f"{self.name}: stage{site.stage + 1} has 1 to {most} blocks, got {len(blocks)}")
             kept = site.position < len(blocks)
@@ -209,7 +210,7 @@ class TFNASSpace(FactoredSpace):
     def decode(self, arch: Arch) -> WidthsOfOps:
         """Inverse of ``encode``: what each stage keeps."""
         self.check(arch)
-        stages: list[list[tuple[int, int]]] = [[] for _ in STAGES]
+        stages: list[list[tuple[int, int]]] = [[] for _ in self.stages]
         for site in self.block_sites:
             operation, width = self.picks(site, arch)
             if operation != NONE:
@@ -220,7 +221,7 @@ class TFNASSpace(FactoredSpace):
     def sample(self, rng: np.random.Generator) -> Arch:
         """Each stage's depth, and each kept block's operation and width, uniform."""
         arch: list[int] = []
-        depths = [int(rng.integers(1, stage.n_blocks + 1)) for stage in STAGES]
+        depths = [int(rng.integers(1, stage.n_blocks + 1)) for stage in self.stages]
         for site in self.block_sites:
             n_widths = len(self._widths(site))
             kept = site.position < depths[site.stage]
@@ -257,7 +258,7 @@ class TFNASSpace(FactoredSpace):
 
     def _block(self, site: BlockSite, operation: Operation, mid_channels: int) -> Graph:
         shape = (self.batch, site.in_channels, site.side, site.side)
-        activation = STAGES[site.stage].activation
+        activation = self.stages[site.stage].activation
         return _inverted_residual(
             shape, operation, mid_channels, site.out_channels, site.stride, activation, self.dtype
         )

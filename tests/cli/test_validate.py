@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_one_line(model: Path, table: Path, tmp_path: Pa
 def test_the_wrong_way_round_is_told(model: Path, table: Path) -> None:
     assert "is a table, not a fitted model: latbench fit" in refused("validate", table, model)
     assert "no parquet file" in refused("validate", model, model)
-    assert "no such file" in refused("validate", model.with_name("absent"), table)
+    assert "No such file" in refused("validate", model.with_name("absent"), table)
     assert "between 0% and 100%" in refused("validate", model, table, "--confidence", "0%")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -57,16 +58,18 @@ def fitted(space, n=40, noise=0.01, **more):
     return LearnedOracle.fit(table(space, archs, noisy))
 
 
+@cache
+def oracle_of(name):
+    return fitted(SPACES[name], overlap=0.5)
+
+
 @pytest.mark.parametrize("name", SPACES)
 class TestLaws(OracleConformance):
     closure = 0.01
 
     @pytest.fixture(autouse=True)
     def make(self, name):
-        self.oracle = ORACLES.setdefault(name, fitted(SPACES[name], overlap=0.5))
-
-
-ORACLES: dict[str, LearnedOracle] = {}
+        self.oracle = oracle_of(name)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import LinearConstraint, milp
+from command_line import run
 
 from latbench.errors import InfeasibleTargetError, UsageError
 from latbench.importers import plain_pickle
@@ -18,13 +18,24 @@ from latbench.oracle.base import Constraint, spread
 from latbench.oracle.factors import Factor, FactorOracle
 from latbench.oracle.lut import LutOracle
 from latbench.provenance import Provenance
-from latbench.spaces.mbconv import NONE, OPERATION_NAMES, OPERATIONS, PUBLISHED, STAGES, SWISH, WIDEST, TFNASSpace
+from latbench.spaces.mbconv import (
+    NONE,
+    OPERATION_NAMES,
+    OPERATIONS,
+    PUBLISHED,
+    RELU,
+    STAGES,
+    SWISH,
+    WIDEST,
+    Stage,
+    TFNASSpace,
+)
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
-from searchers.base import Problem
+from searchers.base import Problem, read_result
 from searchers.testing import SearcherConformance, Watch, roofline_table
 from searchers.tfnas import TFNAS, _Run
 from searchers.tfnas_supernet import Choices
-from searchers.tfnas_widths import Budgets, derive, fit, scale, settle, spare_steps
+from searchers.tfnas_widths import Budgets, _kept, _likeliest, derive, fit, scale, settle, spare_steps
 from searchers.train import Position
 from searchers.world import World
 
@@ -286,31 +297,78 @@ def test_steps_are_multiples_of_the_narrowest(roofline):
     assert (fit(replace(budgets, limits=nearly), ops, widths, 0, 1) == widths).all()
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 1.5, 2.0])
-def test_what_is_derived_is_the_likeliest_that_fits(roofline, share):
-    """Against a mixed-integer programme over operations and depths; shares above 1 of its widest networks."""
-    rng = np.random.default_rng(int(100 * share))
-    budgets = budgets_of(roofline, 1.0)
-    log_alphas = np.log(rng.dirichlet(np.ones(N_OPS), N_SITES))
-    log_betas = np.concatenate([np.log(rng.dirichlet(np.ones(n))) for n in (2, 3, 4, 4, 4, 1)])
-    low = roofline.fastest()[1]
-    free = derive(replace(budgets, limits=np.array([np.inf])), log_alphas, log_betas)
-    assert all(o in (NONE, int(row.argmax())) for o, row in zip(free, log_alphas, strict=True))
-    for stage in range(6):
-        (sites,) = np.nonzero(budgets.stages == stage)
-        assert [free[i] == NONE for i in sites] == [p > log_betas[sites].argmax() for p in range(len(sites))]
+@pytest.mark.parametrize("seed", range(4))
+def test_the_likeliest_is_derived_where_it_reaches_the_target(roofline, seed):
+    budgets, log_alphas, log_betas = likelihoods(roofline, seed)
+    free = likeliest(budgets, log_alphas, log_betas)
     least, most = (budgets.cost(free, widths)[0] for widths in (budgets.narrowest, budgets.widest))
-    limit = low + share * (least - low) if share < 1 else share * most
-    budgets = replace(budgets, limits=np.array([limit]))
+    for limit in (least, 0.5 * (least + most), most):
+        assert derive(replace(budgets, limits=np.array([limit])), log_alphas, log_betas) == free
+    endless = replace(budgets, limits=np.array([1e9]))  # above all networks: nothing to reach
+    assert derive(endless, log_alphas, log_betas) == free
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.5), (1, 0.9), (2, 1.1), (3, 1.5), (4, 2.0)])
+def test_else_the_likeliest_that_reaches_it(roofline, seed, share):
+    """Shares below 1 of the likeliest network's narrowest cost, else of its widest."""
+    budgets, log_alphas, log_betas = likelihoods(roofline, seed)
+    free = likeliest(budgets, log_alphas, log_betas)
+    low = roofline.fastest()[1]
+    least, most = (budgets.cost(free, widths)[0] for widths in (budgets.narrowest, budgets.widest))
+    budgets = replace(budgets, limits=np.array([low + share * (least - low) if share < 1 else share * most]))
     found = derive(budgets, log_alphas, log_betas)
     assert found != free
-    assert budgets.within(budgets.cost(found, budgets.narrowest))
-    assert budgets.cost(found, budgets.widest)[0] >= limit
-    assert value(budgets, found, log_alphas, log_betas) == pytest.approx(programme(budgets, log_alphas, log_betas))
+    assert reaches(budgets, found)
+    best = value(budgets, found, log_alphas, log_betas)
+    for i in range(N_SITES):  # no single change is better, nor any drawn network
+        for o in range(N_OPS):
+            if found[i] != NONE:
+                other = (*found[:i], o, *found[i + 1 :])
+                assert not reaches(budgets, other) or value(budgets, other, log_alphas, log_betas) <= best + 1e-6
+    rng = np.random.default_rng(seed)
+    for _ in range(300):
+        other, _ = drawn(budgets, rng)
+        assert not reaches(budgets, other) or value(budgets, other, log_alphas, log_betas) <= best + 1e-6
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.8])
+def test_two_exact_methods_agree(roofline, share):
+    """The integer programme, and the shortest path under a budget where nothing must be used up."""
+    budgets, log_alphas, log_betas = likelihoods(roofline, 7)
+    free = likeliest(budgets, log_alphas, log_betas)
+    low, least = roofline.fastest()[1], budgets.cost(free, budgets.narrowest)[0]
+    budgets = replace(budgets, limits=np.array([low + share * (least - low)]))
+    gains = log_alphas - log_alphas.max(axis=1, keepdims=True)
+    score, found = _likeliest(budgets, gains, log_betas, 0)
+    other = _kept(budgets, gains, log_betas)
+    assert value(budgets, found, log_alphas, log_betas) == pytest.approx(score, abs=1e-9)
+    if reaches(budgets, other):
+        assert value(budgets, other, log_alphas, log_betas) == pytest.approx(score, abs=1e-5)
+    else:
+        assert value(budgets, other, log_alphas, log_betas) > score
+
+
+def likelihoods(oracle, seed):
+    rng = np.random.default_rng(seed)
+    log_betas = np.concatenate([np.log(rng.dirichlet(np.ones(n))) for n in (2, 3, 4, 4, 4, 1)])
+    return budgets_of(oracle, 1.0), np.log(rng.dirichlet(np.ones(N_OPS), N_SITES)), log_betas
+
+
+def likeliest(budgets, log_alphas, log_betas):
+    ops = []
+    for i, row in enumerate(log_alphas):
+        (sites,) = np.nonzero(budgets.stages == budgets.stages[i])
+        ops.append(int(row.argmax()) if i - sites[0] <= log_betas[sites].argmax() else NONE)
+    return tuple(ops)
+
+
+def reaches(budgets, ops):
+    low, high = (budgets.cost(ops, widths)[0] for widths in (budgets.narrowest, budgets.widest))
+    return low <= budgets.limits[0] <= high
 
 
 def value(budgets, ops, log_alphas, log_betas):
-    """Sum of log-probabilities, each block's less its likeliest's."""
+    """Log-probability, each block's less its likeliest's; absent blocks must be the last of their stage."""
     total = sum(row[o] - row.max() for o, row in zip(ops, log_alphas, strict=True) if o != NONE)
     for stage in range(6):
         (sites,) = np.nonzero(budgets.stages == stage)
@@ -318,32 +376,6 @@ def value(budgets, ops, log_alphas, log_betas):
         assert all(ops[i] != NONE for i in sites[:depth])
         total += log_betas[sites[depth - 1]]
     return total
-
-
-def programme(budgets, log_alphas, log_betas):
-    """Its optimum by HiGHS: operations (18 x 8) and depths (18), all binary."""
-    n = N_SITES * N_OPS
-    gains = np.concatenate([(log_alphas - log_alphas.max(axis=1, keepdims=True)).ravel(), log_betas])
-    cost = np.concatenate([budgets.table(budgets.narrowest)[0].ravel(), np.zeros(N_SITES)])
-    dear = np.concatenate([budgets.table(budgets.widest)[0].ravel(), np.zeros(N_SITES)])
-    limit = budgets.limits[0] - budgets.base[0]
-    rows, ends = [cost, dear], [(-np.inf, limit), (limit, np.inf)]
-    for i in range(N_SITES):
-        row = np.zeros(n + N_SITES)  # a block is there exactly where its stage is at least so deep
-        row[i * N_OPS : (i + 1) * N_OPS] = 1
-        deeper = [j for j in range(i, N_SITES) if budgets.stages[j] == budgets.stages[i]]
-        row[[n + j for j in deeper]] = -1
-        rows.append(row)
-        ends.append((0, 0))
-    for stage in range(6):
-        row = np.zeros(n + N_SITES)
-        row[n + np.flatnonzero(budgets.stages == stage)] = 1
-        rows.append(row)
-        ends.append((1, 1))
-    low, high = zip(*ends, strict=True)
-    done = milp(-gains, constraints=LinearConstraint(np.array(rows), low, high), integrality=1, bounds=(0, 1))
-    assert done.success
-    return -done.fun
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
@@ -367,32 +399,32 @@ def problem_of(out, *constraints, max_images=130, **more):
 
 def test_probabilities_rest_in_the_warmup_and_move_every_second_step(small, tmp_path):
     problem = problem_of(tmp_path, (small, between(small, 0.4)), max_images=210)
-    run = _Run(QUICK, problem, Budgets.of(problem), World.here("cpu"))
-    steps = len(run.batches)
+    one = _Run(QUICK, problem, Budgets.of(problem), World.here("cpu"))
+    steps = len(one.batches)
     assert steps == 5
-    before, widths = copies(run), run.net.widths()
-    batch = next(run.batches.epoch(0))
-    run.step(batch, Position(0, 0, steps, 2))
-    run.end_epoch(0)
-    assert all(torch.equal(a, b) for a, b in zip(copies(run), before, strict=True))
-    assert (run.net.widths() == widths).all()
-    run.train(None)
-    (first, _) = run.choice_update.optimizer.state.values()
+    before, widths = copies(one), one.net.widths()
+    batch = next(one.batches.epoch(0))
+    one.step(batch, Position(0, 0, steps, 2))
+    one.end_epoch(0)
+    assert all(torch.equal(a, b) for a, b in zip(copies(one), before, strict=True))
+    assert (one.net.widths() == widths).all()
+    one.train(None)
+    (first, _) = one.choice_update.optimizer.state.values()
     assert int(first["step"]) == 3, "steps 0, 2 and 4 of the second epoch"
-    assert run.choices.alphas.detach().logsumexp(-1).numpy() == pytest.approx(0, abs=1e-6)
-    assert not torch.equal(run.choices.alphas, before[0])
+    assert one.choices.alphas.detach().logsumexp(-1).numpy() == pytest.approx(0, abs=1e-6)
+    assert not torch.equal(one.choices.alphas, before[0])
 
 
-def copies(run):
-    return [p.detach().clone() for p in run.choices.parameters()]
+def copies(one):
+    return [p.detach().clone() for p in one.choices.parameters()]
 
 
 def test_faithful_optimisers_forget(small, tmp_path):
     problem = problem_of(tmp_path, (small, between(small, 0.4)))
-    run = _Run(replace(QUICK, faithful=True), problem, Budgets.of(problem), World.here("cpu"))
-    run.train(None)
-    assert not run.weight_update.optimizer.state
-    assert not run.choice_update.optimizer.state
+    one = _Run(replace(QUICK, faithful=True), problem, Budgets.of(problem), World.here("cpu"))
+    one.train(None)
+    assert not one.weight_update.optimizer.state
+    assert not one.choice_update.optimizer.state
 
 
 def test_another_target_is_answered_without_training(small, tmp_path):
@@ -404,6 +436,21 @@ def test_another_target_is_answered_without_training(small, tmp_path):
     assert other.arch != first.arch
     assert other.predicted[0] <= target < first.predicted[0]
     assert other.history == first.history
+
+
+def test_the_command(small, tmp_path):
+    roofline_table(SMALL).write(tmp_path / "t.parquet")
+    target = between(small, 0.4)
+    words = ["search", "tfnas", "--table", tmp_path / "t.parquet", "--target", f"{1000 * target:.4f}us",
+             "--data", "digits", "--max-images", 130, "--epochs", 2, "--set", "warmup=0.5"]  # fmt: skip
+    done = run(*words, "--max-params", "1M", "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["predicted"][0] <= target * 1.0001
+    assert told["predicted"][1] <= 1e6
+    found = read_result(tmp_path / "out")
+    assert list(found.result.arch) == told["arch"]
+    assert found.settings["epochs"] == 2
 
 
 def test_two_devices(small, tmp_path):
@@ -456,14 +503,22 @@ def test_what_cannot_be_searched_is_refused(small, tmp_path):
         replace(QUICK, lr=1e30).search(diverging)
 
 
+@dataclass(frozen=True)
+class TwoStages(TFNASSpace):
+    """Four blocks: so few that digits teach all their operations in minutes."""
+
+    stages = (Stage(64, 2, 2, RELU), Stage(96, 2, 1, RELU))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_digits_are_learned_at_the_target(roofline, tmp_path, seed):
-    target = between(roofline, 0.4)
-    problem = Problem((Constraint(roofline, target),), "digits", tmp_path, seed)
-    result = TFNAS(lr=0.1).search(problem)
+def test_digits_are_learned_at_the_target(tmp_path, seed):
+    space = TwoStages(width_multiplier=0.25, resolution=32, num_classes=10)
+    oracle = FactorOracle.counting(space, "macs")
+    target = between(oracle, 0.5)
+    problem = Problem((Constraint(oracle, target),), "digits", tmp_path, seed)
+    result = TFNAS(epochs=15, lr=0.05, choice_lr=0.05).search(problem)
     assert problem.satisfied(result.arch)
-    assert result.notes["spare_steps"] < 1
-    scaled = [row for row in result.history if "predicted0" in row]
-    assert all(row["predicted0"] <= target for row in scaled)
-    assert result.score > 0.5  # chance 0.1
+    assert 0 < result.notes["spare_steps"] < 1
+    assert all(row["predicted0"] <= target for row in result.history if "predicted0" in row)
+    assert result.score > 0.8, "chance is 0.1"
