@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports numpy: on two cores that other work shares, threads of BLAS wait for each other for longer than
-# they compute.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+# Before anything imports numpy: on two cores that other work shares, threads of BLAS wait for each other for longer
+# than they compute.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
 
 
 @pytest.fixture
