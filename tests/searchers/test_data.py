@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,16 +124,28 @@ def test_what_is_wrong_with_data_is_one_line(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named(tmp_path, workers):
-    data = folder(tmp_path)
-    (tmp_path / "cat" / "3.png").write_bytes(b"\x89PNG but not for long")
+def damaged(root, workers):
+    """Reads a folder with one damaged image."""
+    data = folder(root)
+    (root / "cat" / "3.png").write_bytes(b"\x89PNG but not for long")
     source = open_data(data)
     part = "train" if any("cat/3.png" in path for path in source.images["train"]) else "test"
     everything = np.arange(len(source.labels(part)))
     batches = Batches(source, part, everything, eval_transform(8), 4, shuffle=False, workers=workers)
     with pytest.raises(UsageError, match=r"cat/3\.png cannot be decoded"):
         list(batches.epoch(0))
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    damaged(tmp_path, workers=0)
+
+
+def test_a_damaged_image_is_named_from_a_worker(tmp_path):
+    """In a process of its own: workers are forked, and this one holds the threads of every runtime tested before."""
+    code = f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_data;"
+    code += f"test_data.damaged(pathlib.Path({str(tmp_path)!r}), workers=2)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_labels_out_of_range_are_refused():
