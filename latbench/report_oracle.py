@@ -138,21 +138,15 @@ def _scatter(ax: Axes, found: Predictions, y: Floats) -> None:
 def _draw_band(ax: Axes, found: Predictions, place: Callable[[Floats, Floats], Floats]) -> None:
     """Where a prediction may lie for its interval to hold the measurement; `place` (measured, edge) -> y.
 
-    A strip for all where the relative width is one, else a line for each network.
+    Exact at every network, joined by straight lines between them.
     """
     edges = _edges(found)
     if edges is None:
         return
-    low, high = edges
+    order = np.argsort(found.measured)
+    x, (low, high) = found.measured[order], (place(found.measured, edge)[order] for edge in edges)
     label = f"{100 * found.confidence:g} % interval"
-    if max(np.ptp(low), np.ptp(high)) < 1e-9:
-        x = np.linspace(*_span(found), 50)
-        y = place(x, np.full(50, low[0])), place(x, np.full(50, high[0]))
-        ax.fill_between(x, *y, color=_BAND, alpha=0.3, linewidth=0, zorder=1, label=label)
-    else:
-        ends = place(found.measured, low), place(found.measured, high)
-        width = float(np.clip(400 / len(low), 0.8, 4))
-        ax.vlines(found.measured, *ends, colors=_BAND, alpha=0.35, linewidth=width, zorder=1, label=label)
+    ax.fill_between(x, low, high, color=_BAND, alpha=0.3, linewidth=0, zorder=1, label=label)
 
 
 def _edges(found: Predictions) -> tuple[Floats, Floats] | None:

@@ -48,7 +48,7 @@ def figures_in_words(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         held = f"holds {f['coverage']:.1%} of measurements, mean half-width {f['half_width']:.2%}"
         words.append((f"{f['confidence']:.0%} interval", held))
     else:
-        words.append((f"{f['confidence']:.0%} interval", "none: this model has no networks to calibrate one on"))
+        words.append((f"{f['confidence']:.0%} interval", "none: too few networks in the fit to calibrate one"))
     if f["n_missing"]:
         words.append(("left out", f"{f['n_missing']} networks with a block that has no entry"))
     return words

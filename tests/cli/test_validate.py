@@ -61,7 +61,7 @@ def test_the_figures_are_printed(model: Path, table: Path) -> None:
 
 def test_a_model_without_an_interval_says_so(table: Path, tmp_path: Path) -> None:
     run("fit", table, "--oracle", "lut", "-o", tmp_path / "m.npz")
-    assert "interval none: this model" in " ".join(run("validate", tmp_path / "m.npz", table).stdout.split())
+    assert "interval none: too few networks" in " ".join(run("validate", tmp_path / "m.npz", table).stdout.split())
     found = told(tmp_path / "m.npz", table)
     assert (found["coverage"], found["half_width"]) == (None, None)
     assert found["mape"] < 1e-6
