@@ -180,7 +180,7 @@ def test_a_second_run_on_one_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_room_for_a_model_is_one_line(tmp_path: Path, workers: Workers) -> None:
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "  # as a full disk would be
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "  # less than a model
     status, out, err = (run := Run(tmp_path, program=limit + PROGRAM)).end()
     assert (status, out) == (1, "")
     assert "cannot write a model to" in one_line(err)
