@@ -22,8 +22,8 @@ from latbench.profiling.bench import BENCH_PLAN, bench, read_model
 from latbench.spaces.base import Arch
 from latbench.spaces.mobilenet_v1 import BASE_WIDTHS, MobileNetV1Space
 from latbench.verify import target_of
-from searchers.base import Found, read_result
 from searchers.derive import Recipe, train_network
+from searchers.results import Found, read_result
 
 
 def uniform(space: MobileNetV1Space, multiple: float) -> Arch:

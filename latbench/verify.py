@@ -20,7 +20,7 @@ from latbench.profiling.session import Reporter
 from latbench.provenance import Provenance
 
 if TYPE_CHECKING:
-    from searchers.base import Found
+    from searchers.results import Found
 
 MAX_ROUNDS = 5  # of selecting again
 
@@ -60,7 +60,7 @@ def verify(folder: Path, *, plan: SamplingPlan = BENCH_PLAN, reporter: Reporter 
     Raises UsageError where the folder holds no result or its table cannot be measured again, EnvironmentUnfitError
     where this is another machine, MeasurementError where the network cannot run.
     """
-    from searchers.base import note, read_result
+    from searchers.results import note, read_result
 
     found = read_result(folder)
     verified = [_verify(found, constraint, plan, reporter) for constraint in found.problem.constraints]
@@ -76,7 +76,8 @@ def until_met(
 
     Raises also UsageError where an oracle is no sum of factors, InfeasibleTargetError where nothing is left.
     """
-    from searchers.base import from_settings, note, read_result
+    from searchers.options import from_settings
+    from searchers.results import note, read_result
 
     done = [verify(folder, plan=plan, reporter=reporter)]
     while not all(one.met for one in done[-1]) and len(done) < rounds:

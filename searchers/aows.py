@@ -26,7 +26,6 @@ Differs from the paper and its released code:
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -40,10 +39,12 @@ from latbench.errors import UsageError
 from latbench.oracle.factors import FactorOracle
 from latbench.spaces.base import Arch
 from searchers.aows_statistics import AdditiveFit, CellMeans, Statistics, falling, log_width
-from searchers.base import HISTORY, NETWORK, Problem, Reporter, SearchResult, save_result, settings_of, write_history
+from searchers.base import Problem, Reporter, SearchResult
 from searchers.chains import Floats, Ints, Paths, marginals, sample, sample_layers
 from searchers.data import Batch, Splits, train_batches
-from searchers.derive import inherit, num_classes, write_network
+from searchers.derive import inherit, num_classes, publish
+from searchers.options import settings_of
+from searchers.results import NETWORK
 from searchers.selection import Selection, relax, select
 from searchers.slimmable import Slimmable
 from searchers.train import Loop, Position, cosine, soft_cross_entropy
@@ -106,11 +107,7 @@ class AOWS:
             network=problem.out / NETWORK,
             notes=_notes(problem, paths, statistics, found, accuracy),
         )
-        if world.leads:
-            write_network(problem.out / NETWORK, graph, module)
-            write_history(problem.out / HISTORY, history)
-            save_result(problem, result, settings_of(self))
-        world.wait()
+        publish(problem, result, settings_of(self), graph, module, world)
         return result
 
     def temperature(self, progress: float) -> float:
@@ -144,11 +141,12 @@ class AOWS:
         update = Update(
             torch.optim.SGD(net.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay), world
         )
+        options = {name: value for name, value in settings_of(self).items() if name != "epochs"}
         loop = Loop(
             problem.out,
             "search",
             {"network": net, "update": update, "statistics": statistics},
-            identity=self._identity(problem, window),
+            identity=problem.identity({**options, "window": window}, constraints=self.adaptive),
             epochs=self.epochs,
             seed=problem.seed,
             world=world,
@@ -203,26 +201,6 @@ class AOWS:
         """(L, M), summing up to minus the estimated loss gap."""
         gaps = statistics.gaps()
         return -falling(gaps, statistics.weights(), paths.sizes.tolist()) if self.monotone else -gaps
-
-    def _identity(self, problem: Problem, window: int) -> dict[str, Any]:
-        """What the training depends on."""
-        space = problem.space
-        settings = {k: v for k, v in settings_of(self).items() if k not in ("epochs", "window")}
-        identity = {
-            "searcher": settings,
-            "window": window,
-            "space": {"name": space.name, **{k: v for k, v in space.settings().items() if k not in ("batch", "dtype")}},
-            "data": [problem.data_name, problem.max_images],
-        }
-        if not self.adaptive:
-            return identity
-        rng = np.random.default_rng(0)
-        archs = np.array([space.sample(rng) for _ in range(16)], np.int64)
-        told = [
-            {"target": c.target, "confidence": c.confidence, "oracle": zlib.crc32(c.oracle.latencies(archs).tobytes())}
-            for c in problem.constraints
-        ]
-        return {**identity, "constraints": told}
 
 
 def paths_of(problem: Problem) -> Paths:

@@ -1,4 +1,4 @@
-"""What every searcher shares: the problem it is given, the result it gives, and the folder that keeps both.
+"""What every searcher shares: the problem it is given and the result it gives.
 
 A searcher is one entry point under ``latbench.searchers``; its options are the fields of a frozen dataclass. Nothing
 here imports torch.
@@ -6,31 +6,21 @@ here imports torch.
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-import math
-import typing
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench import __version__
 from latbench.errors import InfeasibleTargetError, UsageError
-from latbench.files import replace_file, why_not
-from latbench.oracle import store
-from latbench.oracle.base import Constraint, LatencyOracle, Model
+from latbench.oracle.base import Constraint
 from latbench.oracle.factors import FactorOracle
-from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
+from latbench.spaces.base import Arch, SearchSpace
 
-SCHEMA_VERSION = 1
-RESULT, NETWORK, HISTORY = "result.json", "network.onnx", "search.parquet"  # in a problem's folder
 TOLERANCE = 1e-12  # relative: a sum of entries may differ from the target in its last bit
-COUNTS = {"parameters": "n_params", "MACs": "macs"}  # unit of a budget that is counted, not measured
 Scalar = int | float | str | bool | None
 
 
@@ -116,6 +106,28 @@ class Problem:
         kind, colon, where = self.data.partition(":")
         return f"{kind}:{Path(where).resolve()}" if colon else kind
 
+    def identity(self, options: Mapping[str, Scalar], *, constraints: bool = True) -> dict[str, Any]:
+        """What a training depends on, as JSON: checkpoints of another one do not fit.
+
+        `options` are the searcher's, less those that may change when it goes on; without `constraints` any target can
+        be answered from the same training.
+        """
+        space = self.space
+        identity = {
+            "searcher": dict(options),
+            "space": {"name": space.name, **{k: v for k, v in space.settings().items() if k not in ("batch", "dtype")}},
+            "data": [self.data_name, self.max_images],
+        }
+        if not constraints:
+            return identity
+        rng = np.random.default_rng(0)
+        archs = np.array([space.sample(rng) for _ in range(16)], np.int64)
+        told = [
+            {"target": c.target, "confidence": c.confidence, "oracle": zlib.crc32(c.oracle.latencies(archs).tobytes())}
+            for c in self.constraints
+        ]
+        return {**identity, "constraints": told}
+
     def predicted(self, arch: Arch) -> tuple[float, ...]:
         """What each constraint's oracle says of `arch`."""
         return tuple(constraint.oracle.latency(arch) for constraint in self.constraints)
@@ -195,181 +207,3 @@ class Searcher(Protocol):
         answer it from what it trained, else UsageError.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result folder, read back."""
-
-    problem: Problem
-    result: SearchResult
-    settings: Mapping[str, Any]  # of the searcher
-    trained: Mapping[str, Any] | None  # what training from scratch came to
-
-
-def save_result(problem: Problem, result: SearchResult, settings: Mapping[str, Any]) -> None:
-    """Writes ``result.json`` and each constraint's oracle beside it, so that the folder says all by itself.
-
-    Raises UsageError where an oracle cannot be kept in a file, or the folder cannot be written.
-    """
-    constraints = [_keep(problem.out, i, constraint) for i, constraint in enumerate(problem.constraints)]
-    space = problem.space
-    text = {
-        "schema": SCHEMA_VERSION,
-        "latbench": __version__,
-        "searcher": result.searcher,
-        "settings": dict(settings),
-        "space": {"name": space.name, "settings": space.settings()},
-        "arch": list(result.arch),
-        "choices": {d.name: d.options[i] for d, i in zip(space.decisions, result.arch, strict=True)},
-        "constraints": [
-            {**kept, "target": target, "predicted": predicted}
-            for kept, target, predicted in zip(constraints, result.target, result.predicted, strict=True)
-        ],
-        "score": result.score,
-        "data": {"source": problem.data_name, "max_images": problem.max_images},
-        "seed": problem.seed,
-        "network": result.network.name,
-        "notes": dict(result.notes),
-    }
-    write_json(problem.out / RESULT, text)
-
-
-def _keep(folder: Path, index: int, constraint: Constraint) -> dict[str, Any]:
-    oracle, unit = constraint.oracle, constraint.oracle.unit
-    entry = {"unit": unit, "confidence": constraint.confidence, "device": oracle.provenance.device_name}
-    if hasattr(oracle, "name"):
-        name = f"constraint{index}.npz"
-        store.save(folder / name, cast(Model, oracle))
-        return {**entry, "oracle": name}
-    if unit in COUNTS and isinstance(oracle, FactorOracle):
-        return {**entry, "oracle": f"count:{COUNTS[unit]}"}
-    raise UsageError(f"an oracle of class {type(oracle).__name__} cannot be kept in a file: give one with a name")
-
-
-def read_result(folder: Path) -> Found:
-    """Raises UsageError where `folder` holds no result of this schema, or a damaged one."""
-    try:
-        raw = json.loads((folder / RESULT).read_text())
-        if raw["schema"] != SCHEMA_VERSION:
-            raise UsageError(f"{folder / RESULT} has schema {raw['schema']}, this latbench reads {SCHEMA_VERSION}")
-        constraints = [_kept(folder, entry, raw["space"]) for entry in raw["constraints"]]
-        problem = Problem(
-            tuple(constraints), raw["data"]["source"], folder, raw["seed"], max_images=raw["data"]["max_images"]
-        )
-        result = SearchResult(
-            searcher=raw["searcher"],
-            arch=tuple(raw["arch"]),
-            predicted=tuple(entry["predicted"] for entry in raw["constraints"]),
-            target=problem.targets,
-            score=raw["score"],
-            history=read_history(folder / HISTORY),
-            network=folder / raw["network"],
-            notes=raw["notes"],
-        )
-        return Found(problem, result, raw["settings"], raw.get("trained"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{folder} holds no search result ({error.filename} is missing): latbench search first"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder / RESULT} is damaged ({error!r}): search again into the same folder") from None
-
-
-def _kept(folder: Path, entry: Mapping[str, Any], space: Mapping[str, Any]) -> Constraint:
-    from latbench import plugins
-
-    oracle: LatencyOracle
-    if entry["oracle"].startswith("count:"):
-        kind = plugins.load("latbench.spaces", space["name"])
-        counted = kind.from_settings(space["settings"])
-        assert isinstance(counted, FactoredSpace)
-        oracle = FactorOracle.counting(counted, entry["oracle"].partition(":")[2])
-    else:
-        oracle = store.load(folder / entry["oracle"]).oracle
-    return Constraint(oracle, entry["target"], entry["confidence"])
-
-
-def note(folder: Path, name: str, value: Any) -> None:
-    """Sets one more entry of ``result.json``: "trained", "verified"."""
-    raw = json.loads((folder / RESULT).read_text())
-    write_json(folder / RESULT, {**raw, name: value})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic. Raises UsageError in the system's words."""
-    data = json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
-    write_bytes(path, data)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic, folders made as needed. Raises UsageError in the system's words."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda file: _put(file, data))
-    except OSError as error:
-        raise UsageError(why_not(error, path)) from None
-
-
-def _put(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-
-
-def write_history(path: Path, rows: Sequence[Mapping[str, Scalar]]) -> None:
-    """One parquet row per epoch; a figure that an epoch lacks is null."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_history(path: Path) -> tuple[Mapping[str, Scalar], ...]:
-    """Inverse of ``write_history``."""
-    import pyarrow.parquet as pq
-
-    with path.open("rb") as file:
-        rows = pq.read_table(file).to_pylist()
-    return tuple({name: value for name, value in row.items() if value is not None} for row in rows)
-
-
-S = TypeVar("S")
-
-
-def settings_of(searcher: Any) -> dict[str, Scalar]:
-    """Option -> value; ``from_settings`` is its inverse."""
-    return dataclasses.asdict(searcher)
-
-
-def from_settings(kind: type[S], settings: Mapping[str, Any]) -> S:
-    """The searcher, or other frozen dataclass of plain values, with these options, defaults for what is left out.
-
-    Raises UsageError on an unknown or unfit one.
-    """
-    options = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
-    title = getattr(kind, "name", kind.__name__.lower())
-    hints = typing.get_type_hints(kind)
-    for name, value in settings.items():
-        if name not in options:
-            raise UsageError(f"{title} has no option {name!r}: {', '.join(options)}")
-        if not _fits(value, hints[name]):
-            raise UsageError(f"{title}: {name} must be {_told(hints[name])}, got {value!r}")
-    return kind(**settings)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    kinds = typing.get_args(hint) or (hint,)
-    if type(value) in kinds:
-        return not isinstance(value, float) or math.isfinite(value)
-    return (value is None and type(None) in kinds) or (type(value) is int and float in kinds)
-
-
-def _told(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return " or ".join(names.get(kind, str(kind)) for kind in (typing.get_args(hint) or (hint,)))

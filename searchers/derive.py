@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from latbench.graph.ir import Graph, Weights
 from latbench.graph.onnx import to_onnx
 from latbench.graph.passes import as_dtype, fold_batch_norm
 from latbench.graph.torch import to_module, weights_of
-from searchers.base import NETWORK, Found, Problem, Reporter, note, write_bytes
+from searchers.base import Problem, Reporter, Scalar, SearchResult
 from searchers.data import Batch, Splits, eval_batches, train_batches
+from searchers.results import HISTORY, NETWORK, Found, note, save_result, write_bytes, write_history
 from searchers.train import Loop, Position, cosine, evaluate, mixup, recalibrate
 from searchers.world import Update, World, decayed
 
@@ -47,6 +49,22 @@ def inherit(
     recalibrate(module, train_batches(problem, splits, world, batch_size), world)
     module.eval()
     return module, evaluate(module, eval_batches(problem, splits, world, "held_out"), world)["accuracy"]
+
+
+def publish(
+    problem: Problem,
+    result: SearchResult,
+    settings: Mapping[str, Scalar],
+    graph: Graph,
+    module: nn.Module,
+    world: World,
+) -> None:
+    """Writes the network, the history and the result into the problem's folder, once for all processes."""
+    if world.leads:
+        write_network(problem.out / NETWORK, graph, module)
+        write_history(problem.out / HISTORY, result.history)
+        save_result(problem, result, settings)
+    world.wait()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latbench.errors import UsageError
-from searchers.base import Scalar, write_bytes
+from searchers.base import Scalar
+from searchers.results import write_bytes
 
 PANELS = ("loss", "accuracy", "score", "predicted", "entropy", "temperature", "multiplier")  # by the columns' prefixes
 

@@ -21,17 +21,9 @@ from latbench.oracle.factors import FactorOracle
 from latbench.oracle.lut import LutOracle
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable, Provenance, Row
-from searchers.base import (
-    RESULT,
-    Problem,
-    Reporter,
-    Scalar,
-    Searcher,
-    SearchResult,
-    from_settings,
-    read_result,
-    settings_of,
-)
+from searchers.base import Problem, Reporter, Scalar, Searcher, SearchResult
+from searchers.options import from_settings, settings_of
+from searchers.results import RESULT, read_result
 
 
 def roofline_table(space: FactoredSpace) -> LatencyTable:

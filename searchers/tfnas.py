@@ -36,10 +36,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from latbench.errors import UsageError
-from searchers.base import HISTORY, NETWORK, Problem, Reporter, SearchResult, save_result, settings_of, write_history
+from searchers.base import Problem, Reporter, SearchResult
 from searchers.chains import Floats, Ints
 from searchers.data import Batch, Batches, Splits, eval_transform, train_batches
-from searchers.derive import inherit, num_classes, write_network
+from searchers.derive import inherit, num_classes, publish
+from searchers.options import settings_of
+from searchers.results import NETWORK
 from searchers.tfnas_supernet import ChannelSGD, Choices, Supernet, bi_sample
 from searchers.tfnas_widths import Budgets, Operations, derive, scale, settle, spare_steps
 from searchers.train import Loop, Position, cosine
@@ -124,27 +126,8 @@ class TFNAS:
                 "depths": run.choices.depth_probs().tolist(),  # (18,), each stage's in its blocks' places
             },
         )
-        if world.leads:
-            write_network(problem.out / NETWORK, graph, module)
-            write_history(problem.out / HISTORY, history)
-            save_result(problem, result, settings_of(self))
-        world.wait()
+        publish(problem, result, settings_of(self), graph, module, world)
         return result
-
-    def identity(self, problem: Problem) -> dict[str, Any]:
-        """What the training depends on."""
-        space = problem.space
-        rng = np.random.default_rng(0)
-        archs = np.array([space.sample(rng) for _ in range(16)], np.int64)
-        return {
-            "searcher": {k: v for k, v in settings_of(self).items() if k != "epochs"},
-            "space": {"name": space.name, **{k: v for k, v in space.settings().items() if k not in ("batch", "dtype")}},
-            "data": [problem.data_name, problem.max_images],
-            "constraints": [
-                {"target": c.target, "confidence": c.confidence, "oracle": _digest(c.oracle.latencies(archs))}
-                for c in problem.constraints
-            ],
-        }
 
 
 class _Run:
@@ -197,7 +180,7 @@ class _Run:
                 "choice_update": self.choice_update,
                 "means": self.means,
             },
-            identity=self.options.identity(self.problem),
+            identity=self.problem.identity({k: v for k, v in settings_of(self.options).items() if k != "epochs"}),
             epochs=self.options.epochs,
             seed=self.problem.seed,
             world=self.world,
@@ -352,10 +335,6 @@ def held_out_batches(problem: Problem, splits: Splits, world: World, batch_size:
 
 def _array(values: Tensor) -> Floats:
     return values.detach().double().cpu().numpy()
-
-
-def _digest(values: Floats) -> int:
-    return zlib.crc32(values.tobytes())
 
 
 def _entropy(log_probs: Tensor) -> float:

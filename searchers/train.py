@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from latbench.errors import UsageError
 from latbench.provenance import canonical_json, differences
-from searchers.base import Reporter, Scalar, write_bytes, write_history
+from searchers.base import Reporter, Scalar
 from searchers.data import Batch, Batches
+from searchers.results import write_bytes, write_history
 from searchers.world import World, memory_told, to_device
 
 SAVE_EVERY_S = 30.0  # between checkpoints: what a killed run may lose

@@ -74,7 +74,8 @@ def command(
     from latbench.cli.target import assignment
 
     kind = plugins.load("latbench.searchers", searcher)
-    from searchers.base import Problem, from_settings
+    from searchers.base import Problem
+    from searchers.options import from_settings
 
     given = {"epochs": epochs, "batch_size": batch_size}
     chosen = from_settings(

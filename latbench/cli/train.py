@@ -31,12 +31,12 @@ def command(
     """
     from latbench import plugins
     from latbench.cli.target import assignment
-    from searchers.base import read_result
+    from searchers.results import read_result
 
     found = read_result(folder)
     plugins.load("latbench.searchers", found.result.searcher)  # says what to install where torch is missing
-    from searchers.base import from_settings
     from searchers.derive import Recipe, train_found
+    from searchers.options import from_settings
 
     given = {"epochs": epochs, "batch_size": batch_size}
     recipe = from_settings(

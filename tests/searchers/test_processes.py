@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
-from searchers.base import read_result
+from searchers.results import read_result
 from searchers.testing import roofline_table
 
 SPACE = MobileNetV1Space(resolution=8, min_width=0.1, max_width=0.25, levels=3, num_classes=10)

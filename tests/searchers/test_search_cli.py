@@ -16,7 +16,7 @@ from latbench.provenance import Provenance
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.verify import target_of
-from searchers.base import read_result
+from searchers.results import read_result
 from searchers.testing import roofline_table
 
 SPACE = MobileNetV1Space(resolution=8, min_width=0.1, max_width=0.25, levels=3, num_classes=10)

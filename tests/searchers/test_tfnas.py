@@ -31,7 +31,8 @@ from latbench.spaces.mbconv import (
     TFNASSpace,
 )
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
-from searchers.base import Problem, read_result
+from searchers.base import Problem
+from searchers.results import read_result
 from searchers.testing import SearcherConformance, Watch, roofline_table
 from searchers.tfnas import TFNAS, _Run
 from searchers.tfnas_supernet import Choices

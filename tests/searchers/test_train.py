@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from latbench.errors import UsageError
-from searchers.base import read_history
 from searchers.data import Batch, Batches, eval_transform
+from searchers.results import read_history
 from searchers.sources import open_data
 from searchers.testing import InterruptedRunError, Watch
 from searchers.train import Loop, Position, cosine, evaluate, mixup, recalibrate, soft_cross_entropy
