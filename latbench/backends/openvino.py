@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata, util
 from itertools import repeat as times
 from pathlib import Path
@@ -48,7 +49,7 @@ class OpenVinoBackend:
         import openvino
 
         self._openvino = openvino
-        self._core = openvino.Core()
+        self._core = _core()
         self._buffers = Buffers()
 
     @classmethod
@@ -133,6 +134,18 @@ class OpenVinoRunner:
                     us = info.real_time.total_seconds() * 1e6
                     times_us.setdefault((info.node_name, info.node_type), []).append(us)
         return [LayerTime(name, op, float(np.median(us)) / 1e3) for (name, op), us in times_us.items()]
+
+
+@cache
+def _core() -> Any:
+    """One for the process.
+
+    Each sets its thread's alternate signal stack and restores the former one at its end: of two that end out of order
+    the second restores what the first has unmapped, and the next signal kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _words(error: Exception) -> str:

@@ -12,6 +12,7 @@ from latbench.backends.openvino import OpenVinoBackend
 from latbench.errors import MeasurementError, UsageError
 from latbench.graph.onnx import to_onnx
 from latbench.graph.passes import random_weights
+from latbench.profiling.session import CANARY
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.testing import BackendConformance
 
@@ -67,3 +68,24 @@ def test_the_inputs_are_noise(tmp_path):
     path.write_bytes(to_onnx(network, random_weights(network, 0)))
     with OpenVinoBackend({}).load(path) as runner:
         assert 0.9 < float(np.std(runner._inputs[0])) < 1.1
+
+
+def test_a_process_that_used_it_twice_survives_a_signal(tmp_path):
+    # Two cores that ended out of order left a freed signal stack behind: the next SIGCHLD was a segmentation fault.
+    CANARY.write(tmp_path / "model.onnx", "onnx", 0)
+    program = """
+import signal, subprocess, sys
+from pathlib import Path
+from latbench.backends.openvino import OpenVinoBackend
+
+first, second = OpenVinoBackend({}), OpenVinoBackend({})
+with first.load(Path(sys.argv[1])), second.load(Path(sys.argv[1])):
+    pass
+del first, second
+signal.signal(signal.SIGCHLD, lambda *_: print("told"))
+subprocess.run([sys.executable, "-c", ""])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "model.onnx")], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, "told\n"), run.stderr
