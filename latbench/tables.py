@@ -41,7 +41,7 @@ class Row:
     """
 
     key: str
-    kind: Literal["block", "network", "stub"]
+    kind: Literal["block", "chain", "network", "stub"]
     signature: str
     context: Literal["sandwich", "isolated"] = "isolated"
     space: str | None = None
@@ -169,7 +169,7 @@ class LatencyTable:
 
     @cached_property
     def _latency(self) -> dict[str, float]:
-        """Key -> ms of the ok rows; of several under one key a block before a network before a stub, a sandwich before
+        """Key -> ms of the ok rows; of several under one key a block before a chain, a network, a stub, a sandwich before
         an isolated one."""
         frame = _with_ms(self.data).sort_values(["kind", "context"], ascending=[False, True], kind="stable")
         return dict(zip(frame["key"], frame["ms"].astype(float), strict=True))  # later ones win

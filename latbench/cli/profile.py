@@ -117,7 +117,7 @@ def command(
         kinds = [job.row.kind for job in jobs]
         plain = {
             "rows": len(jobs),
-            **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "network")},
+            **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "chain", "network")},
             "estimated_s": round(duration_s(jobs, plan), 1),
             "output": str(path),
         }
@@ -153,7 +153,8 @@ def _dry(plain: dict[str, Any], target: Target, space: SearchSpace) -> str:
     took = f"{minutes:.1f} min" if minutes >= 1 else f"{plain['estimated_s']:.0f} s"
     return (
         f"{space.name} on {target.device_name} with {target.backend}: {plain['rows']} rows "
-        f"({plain['blocks']} blocks, {plain['stubs']} stubs, {plain['networks']} networks), about {took}\n"
+        f"({plain['blocks']} blocks, {plain['stubs']} stubs, {plain['chains']} chains, {plain['networks']} networks), "
+        f"about {took}\n"
         f"would write {plain['output']}"
     )
 
@@ -182,7 +183,10 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def _without_series(figures: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if figures is None else {k: v for k, v in figures.items() if not isinstance(v, list)}
+    if figures is None:
+        return None
+    plain = {k: _without_series(v) if isinstance(v, dict) else v for k, v in figures.items()}
+    return {k: v for k, v in plain.items() if not isinstance(v, list)}
 
 
 def _told(summary: dict[str, Any]) -> str:
@@ -201,17 +205,9 @@ def _told(summary: dict[str, Any]) -> str:
         figures = summary.get(name)
         if figures:
             context = figures.get("context", "isolated")
-            rank = "" if figures["spearman"] is None else f", Spearman {figures['spearman']:.4f}"
-            lines.append(
-                f"sums of blocks ({context}) against {figures['n']} measured networks, nothing fitted: "
-                f"MAPE {figures['mape']:.2%}, bias {figures['bias']:+.2%}{rank}"
-            )
-            if "more_params" in figures:
-                fewer, more = figures["fewer_params"], figures["more_params"]
-                lines.append(
-                    f"  the half with fewer parameters: MAPE {fewer['mape']:.2%}, bias {fewer['bias']:+.2%}; "
-                    f"with more: {more['mape']:.2%}, {more['bias']:+.2%}"
-                )
+            lines += _sums(f"sums of blocks ({context})", figures)
+            if "beyond_cache" in figures:
+                lines += _sums("with what chains of blocks pay beyond the cache", figures["beyond_cache"])
     for reason, count in summary["failures"].items():
         lines.append(f"{count} failed: {reason}")
     if summary["missing"]:
@@ -219,3 +215,18 @@ def _told(summary: dict[str, Any]) -> str:
             f"{summary['missing']} of {summary['wanted']} rows not measured yet: run the same command to go on"
         )
     return "\n".join(lines)
+
+
+def _sums(what: str, figures: dict[str, Any]) -> list[str]:
+    rank = "" if figures["spearman"] is None else f", Spearman {figures['spearman']:.4f}"
+    lines = [
+        f"{what} against {figures['n']} measured networks, nothing fitted to them: "
+        f"MAPE {figures['mape']:.2%}, bias {figures['bias']:+.2%}{rank}"
+    ]
+    if "more_params" in figures:
+        fewer, more = figures["fewer_params"], figures["more_params"]
+        lines.append(
+            f"  the half with fewer parameters: MAPE {fewer['mape']:.2%}, bias {fewer['bias']:+.2%}; "
+            f"with more: {more['mape']:.2%}, {more['bias']:+.2%}"
+        )
+    return lines

@@ -54,6 +54,28 @@ class Additive:
             total = total + _contract(p, scope, make(values))
         return total
 
+    def covariance(self, p: Any) -> Any:
+        """(..., D, K) probabilities, numpy or torch -> (..., M) covariance of each figure with the sum of all.
+
+        By main effects of the decisions, and interactions within a scope (Hoeffding 1948): exact where no two scopes
+        share more than one decision.
+        """
+        make = p.new_tensor if hasattr(p, "new_tensor") else np.asarray
+        total: Any = 0.0
+        main: dict[int, Any] = {}  # decision -> (..., K_d, M)
+        for scope, array in self.parts:
+            values = make(array)
+            joint = _contract(p, scope, values * values.sum(-1)[..., None])
+            mean = _contract(p, scope, values)
+            total = total + joint - mean * mean.sum(-1)[..., None]
+            for i, d in enumerate(scope):
+                effect = _given(p, scope, values, i) - mean[..., None, :]
+                total = total - _joint(p[..., d, : effect.shape[-2]], effect)
+                main[d] = main[d] + effect if d in main else effect
+        for d, effect in main.items():
+            total = total + _joint(p[..., d, : effect.shape[-2]], effect)
+        return total
+
     def combine(self, matrix: Floats, shift: Floats) -> Additive:
         """The figures `x @ matrix + shift`, nameless: (M, R) and (R,)."""
         parts = tuple((scope, values @ matrix) for scope, values in self.parts)
@@ -74,6 +96,23 @@ def _contract(p: Any, scope: tuple[int, ...], values: Any) -> Any:
         found = found.reshape(*found.shape[:-1], k, -1)
         found = (p[..., d, None, :k] @ found)[..., 0, :]
     return found
+
+
+def _given(p: Any, scope: tuple[int, ...], values: Any, i: int) -> Any:
+    """Expectation of (K_1, ..., K_s, M) given the i-th decision: (..., D, K) -> (..., K_i, M)."""
+    if len(scope) == 1:
+        return values
+    order = [j for j in range(len(scope)) if j != i]
+    axes = (*order, i, len(scope))
+    permuted = values.permute(*axes) if hasattr(values, "permute") else values.transpose(*axes)
+    n, m = permuted.shape[-2:]
+    found = _contract(p, tuple(scope[j] for j in order), permuted.reshape(*permuted.shape[:-2], n * m))
+    return found.reshape(*found.shape[:-1], n, m)
+
+
+def _joint(p: Any, effect: Any) -> Any:
+    """Second moments with the sum over figures: (..., K), (..., K, M) -> (..., M)."""
+    return (p[..., None] * effect * effect.sum(-1)[..., None]).sum(-2)
 
 
 def kind(op: Op) -> str:

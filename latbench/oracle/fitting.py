@@ -17,13 +17,14 @@ FEW = 20  # distinct networks below which none is kept out by default: too few t
 
 
 def default_oracle(table: LatencyTable) -> str:
-    """calibrated for blocks and networks, learned for networks alone, lut for blocks alone. Raises TableError."""
+    """calibrated for blocks and networks or chains, learned for networks alone, else lut. Raises TableError."""
     factored = isinstance(space_of(table.provenance), FactoredSpace)
     has_blocks = factored and len(table.select(kind="block", status="ok")) > 0
     has_networks = len(table.networks()[1]) > 0
     if not has_blocks and not has_networks:
         raise TableError("the table has neither blocks nor networks with a latency, so there is nothing to fit")
-    return ("calibrated" if has_networks else "lut") if has_blocks else "learned"
+    has_chains = len(table.select(kind="chain", status="ok")) > 0
+    return ("calibrated" if has_networks or has_chains else "lut") if has_blocks else "learned"
 
 
 def fit(name: str, table: LatencyTable, *, held_out: float | None = None, seed: int = 0, **options: Any) -> StoredModel:

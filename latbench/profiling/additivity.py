@@ -6,42 +6,52 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from latbench.oracle.base import Floats
+from latbench.oracle.capacity import Capacity
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable
 
 
 def additivity(table: LatencyTable, space: FactoredSpace, context: str) -> dict[str, Any] | None:
-    """Errors of the sums of this context's blocks against the table's measured networks; nothing is fitted.
+    """Errors of the sums of this context's blocks against the table's measured networks; nothing is fitted to them.
 
     mape, bias (shares of the measured latency), spearman, n, n_incomplete (networks with a block that has no row) and
     both series in ms; mape and bias once more for the half with fewer parameters and the half with more: a network
-    whose weights do not fit the last-level cache is slower than its blocks, which do. None where no network can be
-    summed.
+    whose weights do not fit the last-level cache is slower than its blocks, which do. Where chains were measured,
+    "beyond_cache" holds the same with their excess added to the sums in context. None where no network can be summed.
     """
     blocks = table.select(kind="block", context=context).blocks_ms()
     archs, measured = table.networks()
-    predicted, kept, n_params = [], [], []
-    for arch, ms in zip(archs, measured, strict=True):
-        keys = [block.key for block in space.blocks(tuple(int(i) for i in arch))]
-        if all(key in blocks for key in keys):
-            predicted.append(sum(blocks[key] for key in keys))
-            kept.append(ms)
-            n_params.append(space.network(tuple(int(i) for i in arch)).n_params)
+    sums, kept, n_params = [], [], []
+    for arch, ms in zip(archs.tolist(), measured, strict=True):
+        parts = list(space.blocks(tuple(arch)))
+        if all(block.key in blocks for block in parts):
+            sums.append(sum(blocks[block.key] for block in parts))
+            kept.append((arch, ms))
+            n_params.append(sum(block.n_params for block in parts))
     if not kept:
         return None
-    both = np.array(predicted), np.array(kept)
-    order = np.argsort(n_params, kind="stable")
+    of, ms = np.array([arch for arch, _ in kept], np.int64), np.array([ms for _, ms in kept])
+    capacity = Capacity.of(table, space) if context == "sandwich" else None
+    found = {"n_incomplete": len(measured) - len(kept), **_told(np.array(sums), ms, n_params)}
+    if capacity is not None:
+        found["beyond_cache"] = _told(np.array(sums) + capacity.excess(of), ms, n_params)
+    return found
+
+
+def _told(predicted_ms: Floats, measured_ms: Floats, n_params: list[int]) -> dict[str, Any]:
+    """``errors`` of all, and of the halves by parameters."""
     halves = {}
-    if len(kept) >= 4:
+    if len(n_params) >= 4:
+        order = np.argsort(n_params, kind="stable")
         for name, part in zip(("fewer_params", "more_params"), np.array_split(order, 2), strict=True):
-            found = errors(both[0][part], both[1][part])
+            found = errors(predicted_ms[part], measured_ms[part])
             halves[name] = {"mape": found["mape"], "bias": found["bias"]}
-    return {"n_incomplete": len(measured) - len(kept), **halves, **errors(*both)}
+    return {**halves, **errors(predicted_ms, measured_ms)}
 
 
-def errors(predicted_ms: NDArray[np.float64], measured_ms: NDArray[np.float64]) -> dict[str, Any]:
+def errors(predicted_ms: Floats, measured_ms: Floats) -> dict[str, Any]:
     """mape and bias as shares of the measured latency, spearman (None below three networks), n, and both series."""
     relative = predicted_ms / measured_ms - 1
     spearman = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from latbench.graph.ir import Graph
 from latbench.graph.onnx import to_onnx
 from latbench.graph.passes import fold_structure, random_weights
 from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
+from latbench.profiling.chains import chain, chains
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 from latbench.tables import Row
 
@@ -139,20 +140,25 @@ class OnnxJob:
 
 
 def jobs_of(
-    space: SearchSpace, *, context: Context = "sandwich", networks: Sequence[Arch] = (), fold_bn: bool = True
+    space: SearchSpace,
+    *,
+    context: Context = "sandwich",
+    networks: Sequence[Arch] = (),
+    fold_bn: bool = True,
+    with_chains: bool = True,
 ) -> list[Job]:
-    """Every distinct block of a factored space in the contexts asked for, the stubs they need, and the networks.
+    """Every distinct block of a factored space in the contexts asked for, its chains, their stubs, and the networks.
 
     Two blocks that run as one graph (they differ in what folding removes) stay two jobs with one `key`.
     """
-    jobs: list[Job] = list(_blocks(space, context, fold_bn)) if isinstance(space, FactoredSpace) else []
+    jobs: list[Job] = list(_blocks(space, context, fold_bn, with_chains)) if isinstance(space, FactoredSpace) else []
     jobs += [_network(space, arch, fold_bn) for arch in dict.fromkeys(networks)]
     if not jobs:
         raise UsageError(f"{space.name} has no blocks that can be measured apart: ask for networks (--networks N)")
     return jobs
 
 
-def _blocks(space: FactoredSpace, context: Context, fold_bn: bool) -> Iterator[GraphJob]:
+def _blocks(space: FactoredSpace, context: Context, fold_bn: bool, with_chains: bool) -> Iterator[GraphJob]:
     contexts = ("sandwich", "isolated") if context == "both" else (context,)
     first, last = space.sites[0], space.sites[-1]
     seen: set[str] = set()
@@ -162,27 +168,44 @@ def _blocks(space: FactoredSpace, context: Context, fold_bn: bool) -> Iterator[G
             continue
         seen.add(block.key)
         edges = {"first": site == first, "last": site == last}
+        row = Row(
+            key=block.key,
+            kind="block",
+            signature=block.signature,
+            space=space.name,
+            site=site.name,
+            block_type=site.block_type,
+            macs=block.macs,
+            n_params=block.n_params,
+        )
         for where in contexts:
-            around = [stub(shape, block.dtype) for shape in borders(block, **edges)] if where == "sandwich" else []
-            stubs |= {s.key: s for s in around}
-            yield GraphJob(
-                _fold(sandwich(block, **edges) if where == "sandwich" else block, fold_bn),
-                Row(
-                    key=block.key,
-                    kind="block",
-                    context="sandwich" if where == "sandwich" else "isolated",
-                    signature=block.signature,
-                    space=space.name,
-                    site=site.name,
-                    block_type=site.block_type,
-                    macs=block.macs,
-                    n_params=block.n_params,
-                    stubs=tuple(s.key for s in around),
-                ),
-            )
+            if where == "sandwich":
+                yield _sandwiched(block, row, edges, stubs, fold_bn)
+            else:
+                yield GraphJob(_fold(block, fold_bn), row)
+    for block, n in chains(space) if with_chains and "sandwich" in contexts else ():
+        graph = chain(block, n)
+        row = Row(
+            key=graph.key,
+            kind="chain",
+            signature=f"{n} x {block.signature}",
+            space=space.name,
+            block_type="chain",
+            macs=graph.macs,
+            n_params=graph.n_params,
+        )
+        yield replace(_sandwiched(graph, row, {}, stubs, fold_bn), alone=True)
     for key, graph in stubs.items():
         row = Row(key=key, kind="stub", signature=graph.signature, space=space.name, block_type="stub", macs=graph.macs)
         yield GraphJob(graph, row)
+
+
+def _sandwiched(block: Graph, row: Row, edges: Mapping[str, bool], stubs: dict[str, Graph], fold_bn: bool) -> GraphJob:
+    """The block in context, its stubs added to `stubs`."""
+    around = [stub(shape, block.dtype) for shape in borders(block, **edges)]
+    stubs |= {s.key: s for s in around}
+    row = replace(row, context="sandwich", stubs=tuple(s.key for s in around))
+    return GraphJob(_fold(sandwich(block, **edges), fold_bn), row)
 
 
 def _network(space: SearchSpace, arch: Arch, fold_bn: bool) -> GraphJob:

@@ -1,0 +1,130 @@
+"""Weights beyond the cache, read from chains of blocks whose cost is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from latbench.oracle.base import one_hot
+from latbench.oracle.calibrated import CalibratedOracle
+from latbench.oracle.capacity import Capacity
+from latbench.oracle.fitting import default_oracle
+from latbench.oracle.lut import LutOracle
+from latbench.profiling.chains import chain, chains
+from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from latbench.tables import LatencyTable, Provenance, Row
+from latbench.testing import OracleConformance
+
+SPACE = MobileNetV1Space(resolution=64)
+FITS = 2.5e6  # weights
+RISE = 2e-9  # ms per weight and MiB of float32 weights beyond
+
+
+def paid(n_params: float, total: float) -> float:
+    return n_params * RISE * 4 / 2**20 * max(total - FITS, 0.0)
+
+
+def table() -> LatencyTable:
+    """Blocks at 80 ns a thousand weights, and the space's chains, which pay beyond FITS."""
+    rows = [
+        Row(block.key, "block", block.signature, "sandwich", macs=block.macs, n_params=block.n_params,
+            latency_ms=8e-8 * block.n_params + 1e-3)
+        for block in SPACE.all_blocks().values()
+    ]  # fmt: skip
+    for block, n in chains(SPACE):
+        graph = chain(block, n)
+        ms = 8e-8 * graph.n_params + 1e-3 * n + paid(graph.n_params, graph.n_params)
+        rows.append(Row(graph.key, "chain", graph.signature, macs=graph.macs, n_params=graph.n_params, latency_ms=ms))
+    return LatencyTable.from_rows(
+        rows, Provenance("cpu", "x", "onnxruntime", space=SPACE.name, settings=SPACE.settings())
+    )
+
+
+TABLE = table()
+CAPACITY = Capacity.of(TABLE, SPACE)
+assert CAPACITY is not None
+RNG = np.random.default_rng(0)
+ARCHS = np.array([SPACE.sample(RNG) for _ in range(200)], np.int64)
+
+
+def truth(archs) -> np.ndarray:
+    totals = [sum(b.n_params for b in SPACE.blocks(tuple(arch))) for arch in archs.tolist()]
+    return np.array([paid(n, n) for n in totals])
+
+
+@cache
+def calibrated() -> CalibratedOracle:
+    return CalibratedOracle.fit(TABLE)
+
+
+def test_the_excess_of_networks_is_read_from_chains():
+    expected, found = truth(ARCHS), CAPACITY.excess(ARCHS)
+    assert (expected > 0).sum() > 50
+    assert (expected == 0).sum() > 20
+    np.testing.assert_allclose(found, expected, atol=0.03 * expected.max())  # knots lie 25 % apart
+    assert found[expected == 0].max() < 0.02 * expected.max()
+
+
+def test_a_single_architecture_is_its_own_expectation():
+    np.testing.assert_allclose(CAPACITY.expected(one_hot(SPACE, ARCHS)), CAPACITY.excess(ARCHS), atol=1e-12)
+
+
+def test_numpy_and_torch_expect_the_same_and_it_is_what_samples_say():
+    rng = np.random.default_rng(1)
+    width = max(len(d.options) for d in SPACE.decisions)
+    probs = np.zeros((len(SPACE.decisions), width))
+    for i, decision in enumerate(SPACE.decisions):
+        probs[i, : len(decision.options)] = rng.dirichlet(np.ones(len(decision.options)))
+    found = float(CAPACITY.expected(probs))
+    assert found == pytest.approx(float(CAPACITY.expected(torch.from_numpy(probs))), rel=1e-12)
+    drawn = np.stack([rng.choice(width, 4000, p=row) for row in probs], axis=1)
+    assert found == pytest.approx(
+        CAPACITY.excess(drawn).mean(), rel=0.05
+    )  # neighbouring sites are taken as independent
+
+
+def test_its_gradient_is_finite_for_single_architectures_too():
+    probs = torch.from_numpy(one_hot(SPACE, ARCHS[:4])).requires_grad_()
+    CAPACITY.expected(probs).sum().backward()
+    assert torch.isfinite(probs.grad).all()
+
+
+def test_it_comes_back_from_its_state():
+    arrays, meta = CAPACITY.state()
+    back = Capacity.from_state(arrays, meta)
+    np.testing.assert_array_equal(back.excess(ARCHS), CAPACITY.excess(ARCHS))
+
+
+def test_a_table_without_chains_has_none():
+    assert Capacity.of(TABLE.select(kind="block"), SPACE) is None
+
+
+def test_chains_that_never_rise_cost_nothing():
+    rows = [replace(r, latency_ms=8e-8 * (r.n_params or 0)) if r.kind == "chain" else r for r in TABLE.rows()]
+    flat = Capacity.of(LatencyTable.from_rows(rows, TABLE.provenance), SPACE)
+    assert flat is not None
+    np.testing.assert_allclose(flat.excess(ARCHS), 0, atol=1e-9)
+
+
+def test_blocks_and_chains_are_enough_to_calibrate_with():
+    assert default_oracle(TABLE) == "calibrated"
+    oracle = calibrated()
+    np.testing.assert_allclose(
+        oracle.latencies(ARCHS), LutOracle.fit(TABLE).latencies(ARCHS) + CAPACITY.excess(ARCHS), rtol=1e-12
+    )
+    assert oracle.interval(ARCHS) is None
+    near, plain = oracle.additive(), LutOracle.fit(TABLE)
+    off = [np.abs(one.latencies(ARCHS) - oracle.latencies(ARCHS)).mean() for one in (near, plain)]
+    assert off[0] < 0.5 * off[1]
+
+
+class TestLaws(OracleConformance):
+    closure = 1e-2  # of the weights' distribution, which is not Gaussian
+
+    @property
+    def oracle(self):
+        return calibrated()
