@@ -8,7 +8,18 @@ import linear_oracle
 import pytest
 from command_line import run
 
-SPACE = ["--space", "mobilenet_v1", "--resolution", "32", "--set", "levels=2", "--set", "num_classes=10"]
+SPACE = [
+    "--space",
+    "mobilenet_v1",
+    "--resolution",
+    "32",
+    "--set",
+    "levels=2",
+    "--set",
+    "max_width=0.75",
+    "--set",
+    "num_classes=10",
+]
 PROFILE = ["profile", "--device", "cpu", "--backend", "roofline", *SPACE, "--runs", "1", "--rounds", "1"]
 
 

@@ -16,9 +16,9 @@ from latbench.profiling.jobs import jobs_of
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable
 
-SMALL = ["--resolution", "32", "--set", "levels=2", "--set", "num_classes=10"]
+SMALL = ["--resolution", "32", "--set", "levels=2", "--set", "max_width=0.75", "--set", "num_classes=10"]
 ROOFLINE = ["profile", "--device", "cpu", "--backend", "roofline", "--space", "mobilenet_v1", *SMALL]
-N_ROWS = len(jobs_of(MobileNetV1Space(resolution=32, levels=2, num_classes=10)))
+N_ROWS = len(jobs_of(MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)))
 
 
 def run(*args: object) -> Result:
@@ -31,7 +31,7 @@ def test_a_table_and_its_summary(tmp_path: Path) -> None:
     result = run(*ROOFLINE, "--networks", 3, "-o", tmp_path / "t.parquet")
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"{N_ROWS + 3} rows in {tmp_path}/t.parquet" in result.stdout
-    assert "sums of blocks (sandwich) against 3 measured networks, nothing fitted: MAPE 0.00%" in result.stdout
+    assert "sums of blocks (sandwich) against 3 measured networks, nothing fitted to them: MAPE 0.00%" in result.stdout
     assert len(LatencyTable.read(tmp_path / "t.parquet")) == N_ROWS + 3
 
 
@@ -71,7 +71,7 @@ def test_a_spent_budget_says_what_is_missing_and_goes_on(tmp_path: Path) -> None
 
 
 def test_only_one_key(tmp_path: Path) -> None:
-    key = next(iter(MobileNetV1Space(resolution=32, levels=2, num_classes=10).all_blocks()))
+    key = next(iter(MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10).all_blocks()))
     summary = json.loads(run(*ROOFLINE, "--only", key[:10], "--json", "-o", tmp_path / "t.parquet").stdout)
     assert summary["wanted"] == 2  # the stem and its stub
 

@@ -11,7 +11,7 @@ from latbench.profiling.additivity import additivity, errors
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable, Provenance, Row
 
-SPACE = MobileNetV1Space(resolution=32, levels=2, num_classes=10)
+SPACE = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
 ARCHS = [SPACE.parse_arch(f"random:{seed}") for seed in range(4)]
 
 

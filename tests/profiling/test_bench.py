@@ -17,8 +17,8 @@ from latbench.profiling.bench import bench, read_model
 from latbench.profiling.jobs import GraphJob, OnnxJob
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 
-SPACE = MobileNetV1Space(resolution=32, levels=2, num_classes=10)
-SETTINGS = {"levels": 2, "num_classes": 10}
+SPACE = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
+SETTINGS = {"levels": 2, "max_width": 0.75, "num_classes": 10}
 PLAN = SamplingPlan(block_s=0.002, min_time_s=0.001, precision=0.5, rounds=1, canary_every=0)
 ROOFLINE = Target("cpu", "a made-up CPU", "roofline", {}, PLAN, context="isolated")
 REAL = Target("cpu", "this CPU", "onnxruntime", {"threads": 1}, PLAN, context="isolated")

@@ -25,7 +25,7 @@ from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spool import Spool
 from latbench.tables import LatencyTable, Row
 
-SPACE = MobileNetV1Space(resolution=32, levels=2, num_classes=10)
+SPACE = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
 PLAN = SamplingPlan(block_s=0.001, min_time_s=0.001, rounds=1)
 ROOFLINE = Target("cpu", "a made-up CPU", "roofline", {"peak_gflops": 50.0}, PLAN)
 REAL = Target("cpu", "this CPU", "onnxruntime", {"threads": 1}, PLAN)
