@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from latbench.errors import MissingEntryError, ProvenanceConflictError, SchemaMismatchError, TableError
 from latbench.files import replace_file, why_not
+from latbench.graph.ir import Graph
 from latbench.provenance import Provenance, canonical_json
 from latbench.signatures import nearest, shorten
 
@@ -90,6 +91,12 @@ class Row:
     block_flags: tuple[
         str, ...
     ] = ()  # why a block was left out of the figures: "foreign_load", "drift", ...; "" if not
+
+    @classmethod
+    def of(cls, graph: Graph, kind: Literal["block", "chain", "network", "stub"], **fields: Any) -> Row:
+        """A row of `graph`: its key, signature and counts; what else is known in `fields`."""
+        counted = {"signature": graph.signature, "macs": graph.macs, "n_params": graph.n_params}
+        return cls(**{"key": graph.key, "kind": kind, **counted, **fields})
 
 
 _HINTS = get_type_hints(Row)
@@ -169,8 +176,8 @@ class LatencyTable:
 
     @cached_property
     def _latency(self) -> dict[str, float]:
-        """Key -> ms of the ok rows; of several under one key a block before a chain, a network, a stub, a sandwich before
-        an isolated one."""
+        """Key -> ms of the ok rows; of several under one key a block before a chain, a network, a stub, and a sandwich
+        before an isolated one."""
         frame = _with_ms(self.data).sort_values(["kind", "context"], ascending=[False, True], kind="stable")
         return dict(zip(frame["key"], frame["ms"].astype(float), strict=True))  # later ones win
 

@@ -30,17 +30,14 @@ def roofline_table(space: FactoredSpace) -> LatencyTable:
     """Every block of a space on the analytic device."""
     options = {name: float(value) for name, value in OPTIONS.items()}
     rows = [
-        Row(
-            key=key,
-            kind="block",
-            signature=block.signature,
+        Row.of(
+            block,
+            "block",
             space=space.name,
-            macs=block.macs,
-            n_params=block.n_params,
             latency_ms=sum(layer.ms for layer in kernels(block, options)),
             origin="simulated",
         )
-        for key, block in space.all_blocks().items()
+        for block in space.all_blocks().values()
     ]
     provenance = Provenance(
         device="cpu", device_name="roofline", backend="roofline", space=space.name, settings=space.settings()

@@ -264,7 +264,7 @@ def test_writing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
         (row("bad", context="sandwich", gross_ms=-1.0), "gross_ms is negative"),
         (row("bad", None), "its status is ok, but it has no latency_ms"),
         (row("bad", status="fine"), "status is none of ok, error, timeout"),
-        (row("bad", kind="layer"), "kind is none of block, network, stub"),
+        (row("bad", kind="layer"), "kind is none of block, chain, network, stub"),
     ],
 )
 def test_an_impossible_row_is_refused_by_name(bad: Row, why: str) -> None:

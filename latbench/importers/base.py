@@ -146,18 +146,8 @@ def json_lines(source: Source) -> Iterator[tuple[str, Any]]:
 
 def block_row(graph: Graph, space: SearchSpace, site: Site, latency_ms: float, **more: Any) -> Row:
     """A block's row."""
-    return Row(
-        key=graph.key,
-        kind="block",
-        signature=graph.signature,
-        space=space.name,
-        site=site.name,
-        block_type=site.block_type,
-        macs=graph.macs,
-        n_params=graph.n_params,
-        latency_ms=latency_ms,
-        **{"origin": "imported", **more},
-    )
+    known = {"space": space.name, "site": site.name, "block_type": site.block_type, "origin": "imported"}
+    return Row.of(graph, "block", latency_ms=latency_ms, **{**known, **more})
 
 
 def network_rows(source: Source, space: SearchSpace, measured: Iterable[tuple[str, Arch, float]]) -> list[Row]:
@@ -168,7 +158,6 @@ def network_rows(source: Source, space: SearchSpace, measured: Iterable[tuple[st
     spelling keeps its row: the first without idle parts has the graph's key, the others have ``key~ARCH``, and no
     figure stands for a graph that was not what ran. Cost: building a network's graph, 1 to 2 ms each.
     """
-    canonical: Callable[[Arch], Arch] = getattr(space, "canonical", tuple)  # spaces of one spelling have none
     rows: dict[str, Row] = {}
     seen: dict[Arch, str] = {}
     for order, (where, arch, ms) in enumerate(measured):
@@ -179,21 +168,10 @@ def network_rows(source: Source, space: SearchSpace, measured: Iterable[tuple[st
             graph = space.network(arch)
         except UsageError as error:
             raise source.wrong(where, str(error)) from None
-        is_graph = graph.key not in rows and canonical(arch) == arch
+        is_graph = graph.key not in rows and space.canonical(arch) == arch
         key = graph.key if is_graph else f"{graph.key}~{space.format_arch(arch)}"
-        rows[key] = Row(
-            key=key,
-            kind="network",
-            signature=graph.signature,
-            space=space.name,
-            block_type="network",
-            arch=arch,
-            macs=graph.macs,
-            n_params=graph.n_params,
-            latency_ms=ms,
-            order=order,
-            origin="imported",
-        )
+        known = {"space": space.name, "block_type": "network", "arch": arch, "order": order, "origin": "imported"}
+        rows[key] = Row.of(graph, "network", key=key, latency_ms=ms, **known)
     if not rows:
         raise source.wrong("all of it", "holds no measurement")
     return list(rows.values())

@@ -90,17 +90,7 @@ class PairwiseOracle(FactorOracle):
         for factor, numbers in zip(self.factors, words.tables, strict=True):
             entries |= dict(zip(numbers.ravel().tolist(), factor.values.ravel().tolist(), strict=True))
         rows = [
-            Row(
-                block.key,
-                "block",
-                block.signature,
-                space=self.space.name,
-                site=site,
-                macs=block.macs,
-                n_params=block.n_params,
-                latency_ms=entries[number],
-                origin="fitted",
-            )
+            Row.of(block, "block", space=self.space.name, site=site, latency_ms=entries[number], origin="fitted")
             for number, (block, site) in enumerate(zip(words.blocks, words.sites, strict=True))
             if entries[number] == entries[number]
         ]

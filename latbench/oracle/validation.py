@@ -274,8 +274,7 @@ def _one_by_one(oracle: LatencyOracle, archs: NDArray[np.int64]) -> tuple[Floats
 
 
 def _arch_id(space: SearchSpace, arch: Arch) -> str:
-    canonical = getattr(space, "canonical", None)
-    text = space.format_arch(arch if canonical is None else canonical(arch))
+    text = space.format_arch(space.canonical(arch))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -168,16 +168,7 @@ def _blocks(space: FactoredSpace, context: Context, fold_bn: bool, with_chains: 
             continue
         seen.add(block.key)
         edges = {"first": site == first, "last": site == last}
-        row = Row(
-            key=block.key,
-            kind="block",
-            signature=block.signature,
-            space=space.name,
-            site=site.name,
-            block_type=site.block_type,
-            macs=block.macs,
-            n_params=block.n_params,
-        )
+        row = Row.of(block, "block", space=space.name, site=site.name, block_type=site.block_type)
         for where in contexts:
             if where == "sandwich":
                 yield _sandwiched(block, row, edges, stubs, fold_bn)
@@ -185,19 +176,10 @@ def _blocks(space: FactoredSpace, context: Context, fold_bn: bool, with_chains: 
                 yield GraphJob(_fold(block, fold_bn), row)
     for block, n in chains(space) if with_chains and "sandwich" in contexts else ():
         graph = chain(block, n)
-        row = Row(
-            key=graph.key,
-            kind="chain",
-            signature=f"{n} x {block.signature}",
-            space=space.name,
-            block_type="chain",
-            macs=graph.macs,
-            n_params=graph.n_params,
-        )
+        row = Row.of(graph, "chain", signature=f"{n} x {block.signature}", space=space.name, block_type="chain")
         yield replace(_sandwiched(graph, row, {}, stubs, fold_bn), alone=True)
-    for key, graph in stubs.items():
-        row = Row(key=key, kind="stub", signature=graph.signature, space=space.name, block_type="stub", macs=graph.macs)
-        yield GraphJob(graph, row)
+    for graph in stubs.values():
+        yield GraphJob(graph, Row.of(graph, "stub", space=space.name, block_type="stub"))
 
 
 def _sandwiched(block: Graph, row: Row, edges: Mapping[str, bool], stubs: dict[str, Graph], fold_bn: bool) -> GraphJob:
@@ -210,16 +192,7 @@ def _sandwiched(block: Graph, row: Row, edges: Mapping[str, bool], stubs: dict[s
 
 def _network(space: SearchSpace, arch: Arch, fold_bn: bool) -> GraphJob:
     graph = space.network(arch)
-    row = Row(
-        key=graph.key,
-        kind="network",
-        signature=graph.signature,
-        space=space.name,
-        block_type="network",
-        arch=arch,
-        macs=graph.macs,
-        n_params=graph.n_params,
-    )
+    row = Row.of(graph, "network", space=space.name, block_type="network", arch=arch)
     return GraphJob(_fold(graph, fold_bn), row, alone=True)
 
 
