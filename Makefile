@@ -13,8 +13,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --ignore=tests/searchers
-	$(BIN)/pytest tests/searchers  # a process of its own: one that has loaded every runtime crashed in torch
+	$(BIN)/pytest
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
