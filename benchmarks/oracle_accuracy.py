@@ -27,11 +27,12 @@ from latbench.tables import LatencyTable
 
 Floats = NDArray[np.float64]
 Predict = Callable[[NDArray[np.int64]], Floats]
-Fit = Callable[[LatencyTable], tuple[Predict, Callable[[NDArray[np.int64]], tuple[Floats, Floats] | None]]]
+Fitted = tuple[Predict, Callable[[NDArray[np.int64]], tuple[Floats, Floats] | None]]
+Fit = Callable[[LatencyTable], Fitted]
 
 
 def ours(name: str) -> Fit:
-    def fit(table: LatencyTable):  # type: ignore[no-untyped-def]
+    def fit(table: LatencyTable) -> Fitted:
         model = plugins.load("latbench.oracles", name).fit(table)
         return model.latencies, lambda archs: model.interval(archs, 0.9)
 
@@ -39,13 +40,13 @@ def ours(name: str) -> Fit:
 
 
 def sums(context: str) -> Fit:
-    def fit(table: LatencyTable):  # type: ignore[no-untyped-def]
+    def fit(table: LatencyTable) -> Fitted:
         return LutOracle.fit(table, context=context).latencies, lambda archs: None
 
     return fit
 
 
-def line_through_macs(table: LatencyTable):  # type: ignore[no-untyped-def]
+def line_through_macs(table: LatencyTable) -> Fitted:
     space = space_of(table.provenance)
 
     def macs(archs: NDArray[np.int64]) -> Floats:
@@ -59,7 +60,7 @@ def line_through_macs(table: LatencyTable):  # type: ignore[no-untyped-def]
 
 
 def scikit(make: Callable[[], object]) -> Fit:
-    def fit(table: LatencyTable):  # type: ignore[no-untyped-def]
+    def fit(table: LatencyTable) -> Fitted:
         archs, ms = table.networks()
         model = make().fit(archs, np.log(ms))  # type: ignore[attr-defined]
         return (lambda asked: np.exp(model.predict(asked))), lambda asked: None
@@ -67,21 +68,22 @@ def scikit(make: Callable[[], object]) -> Fit:
     return fit
 
 
-def methods(table: LatencyTable) -> dict[str, tuple[Fit, bool]]:
-    """Name -> (fit, whether it needs networks)."""
-    found: dict[str, tuple[Fit, bool]] = {}
+def methods(table: LatencyTable) -> dict[str, tuple[Fit, str]]:
+    """Name -> (fit, what it makes of networks: "needs", "ignores" or "may use" them)."""
+    found: dict[str, tuple[Fit, str]] = {}
     contexts = set(table.select(kind="block").frame["context"])
     for context in sorted(contexts, reverse=True):
-        found[f"sums ({context})"] = sums(context), False
+        found[f"sums ({context})"] = sums(context), "ignores"
     for name in ("calibrated", "learned", "pairwise"):
-        found[name] = ours(name), True
-    found["MACs, affine"] = line_through_macs, True
+        chains = name == "calibrated" and len(table.select(kind="chain", status="ok")) > 0
+        found[name] = ours(name), "may use" if chains else "needs"
+    found["MACs, affine"] = line_through_macs, "needs"
     try:
         from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
     except ImportError:
         return found
-    found["boosting"] = scikit(lambda: GradientBoostingRegressor(random_state=0)), True
-    found["forest"] = scikit(lambda: RandomForestRegressor(random_state=0)), True
+    found["boosting"] = scikit(lambda: GradientBoostingRegressor(random_state=0)), "needs"
+    found["forest"] = scikit(lambda: RandomForestRegressor(random_state=0)), "needs"
     return found
 
 
@@ -115,10 +117,10 @@ def main() -> None:
     print(f"held-out MAPE %, {kept} (Spearman; share inside the 90 % interval)")
     print(f"{'':22s}" + "".join(f"{n:>22d}" for n in counts))
     groups = names_of(table, networks)
-    for name, (fit, needs_networks) in methods(table).items():
+    for name, (fit, networks_are) in methods(table).items():
         cells = []
         for n in counts:
-            if needs_networks == (n == 0):
+            if networks_are == ("ignores" if n else "needs"):
                 cells.append("")
                 continue
             cells.append(cell(table, fit, n, networks, others, groups, args.held_out, args.seeds))

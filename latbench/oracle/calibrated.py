@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from latbench.errors import MissingEntryError, TableError, UsageError
 from latbench.oracle.base import Archs, Floats, P, check_archs
 from latbench.oracle.calibrated_design import Design, canonical, design_of, like_of
-from latbench.oracle.calibrated_posterior import Posterior, curve_kernel, posterior_of
+from latbench.oracle.calibrated_posterior import Posterior, posterior_of
 from latbench.oracle.capacity import Capacity
 from latbench.oracle.conformal import Conformal
 from latbench.oracle.factors import Factor, FactorOracle
@@ -119,7 +119,7 @@ class CalibratedOracle:
         return cast(P, found)
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
-        """By leave-one-out errors over the predictive standard deviation; None with too few networks."""
+        """By errors of networks left out over the predictive standard deviation; None with too few networks."""
         if self.calibration is None or self.calibration.quantile(confidence) is None:
             return None
         predicted, sd = self._predict(check_archs(self.space, archs))
@@ -222,18 +222,8 @@ class CalibratedOracle:
         spelled = canonical(self.space, archs)
         sums_ms = _sums(self.base, self.capacity, spelled)
         phi, weights = self.design.of(spelled, sums_ms)
-        mean: Floats = np.asarray(sums_ms + phi @ self._theta + self._curve(weights, 0.0))
-        post = self.posterior
-        scaled = phi / sums_ms[:, None]
-        variance = post.prior_variance(self.design.groups)
-        width, length, noise = np.exp(post.log_widths[5:8])
-        ratio = self.design.typical_ms / sums_ms
-        cross = (scaled * variance) @ post.phi.T + curve_kernel(
-            weights, post.weights, ratio, self.design.typical_ms / post.sums_ms, width, length
-        )
-        own = (scaled**2) @ variance + (width * ratio) ** 2
-        spread = np.maximum(own - np.einsum("ij,jk,ik->i", cross, post.inverse, cross), 0) + noise**2
-        return mean, np.sqrt(spread)
+        error, deviation = self.posterior.predict(self.design, phi / sums_ms[:, None], weights, sums_ms)
+        return sums_ms * (1 + error), deviation
 
     def _factors(self, slope: float, offset: float) -> tuple[float, list[Factor]]:
         """The posterior mean as a constant and factors; g is offset + slope * standardised weights."""

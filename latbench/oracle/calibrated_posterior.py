@@ -20,6 +20,8 @@ PRIOR_SD = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0])
 MIN_TO_TUNE = 8  # networks, below which the hyperparameters stay at their priors
 OUTLIER = 3.0  # standard deviations beyond which a network counts for less
 MAX_REWEIGHTINGS = 6
+MAX_REFITTED = 100  # networks, beyond which hyperparameters are not found anew without each fold
+FOLDS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,43 @@ class Posterior:
         """(F,)."""
         return np.exp(2 * self.log_widths[:5])[groups]
 
+    def predict(self, design: Design, phi: Floats, weights: Floats, sums_ms: Floats) -> tuple[Floats, Floats]:
+        """Features (N, F) over their sums, standardised weights and sums (N,) -> relative error and its deviation."""
+        variance = self.prior_variance(design.groups)
+        width, length, noise = np.exp(self.log_widths[5:8])
+        ratio = design.typical_ms / sums_ms
+        cross = (phi * variance) @ self.phi.T + curve_kernel(
+            weights, self.weights, ratio, design.typical_ms / self.sums_ms, width, length
+        )
+        own = (phi**2) @ variance + (width * ratio) ** 2
+        spread = np.maximum(own - np.einsum("ij,jk,ik->i", cross, self.inverse, cross), 0) + noise**2
+        return cross @ self.alpha, np.sqrt(spread)
+
 
 def posterior_of(
     phi: Floats, weights: Floats, sums_ms: Floats, errors: Floats, design: Design, curve: bool
 ) -> tuple[Posterior, Floats, Floats]:
-    """The posterior, and each network's leave-one-out mean and standard deviation; without networks, the prior."""
-    if not len(errors):
+    """The posterior, and what it says of each network without it: (n,) means and deviations. Without any, the prior.
+
+    Few networks are left out in folds, the hyperparameters found anew for each: those of all know the one left out.
+    """
+    n = len(errors)
+    if not n:
         return Posterior(PRIOR.copy(), phi, weights, sums_ms, np.zeros((0, 0)), errors), errors, errors
+    posterior, left_out, deviation = _fit(phi, weights, sums_ms, errors, design, curve)
+    if MIN_TO_TUNE <= n <= MAX_REFITTED:
+        fold = np.random.default_rng(0).permutation(np.arange(n) % min(n, FOLDS))
+        for out in range(min(n, FOLDS)):
+            kept, left = np.flatnonzero(fold != out), np.flatnonzero(fold == out)
+            part, _, _ = _fit(phi[kept], weights[kept], sums_ms[kept], errors[kept], design, curve)
+            left_out[left], deviation[left] = part.predict(design, phi[left], weights[left], sums_ms[left])
+    return posterior, left_out, deviation
+
+
+def _fit(
+    phi: Floats, weights: Floats, sums_ms: Floats, errors: Floats, design: Design, curve: bool
+) -> tuple[Posterior, Floats, Floats]:
+    """The posterior, and each network's leave-one-out mean and deviation at its hyperparameters."""
     groups, ratio = design.groups, design.typical_ms / sums_ms
     grams = [phi[:, groups == g] @ phi[:, groups == g].T for g in range(len(GROUPS))]
     inflate = np.ones(len(errors))

