@@ -4,6 +4,9 @@ onnxruntime: a plain loop, on 12 blocks and networks of about 20 us to 50 ms. op
 the 6 networks among them. torch: ``torch.utils.benchmark``, on those networks and 2 blocks. Each in a fresh process on
 the same model, with the worker's affinity and priority. The two take turns, because the machine drifts; told is the
 median of the ratios. Aim: within 3 %.
+
+``--throughput``: openvino's inferences a second, as many at once as it thinks best, beside ``benchmark_app -hint
+throughput`` on the same CPUs, on the networks up to 224 px.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from latbench.measure.worker import raise_priority
 from latbench.profiling import Target
 from latbench.profiling.bench import BENCH_PLAN, Model, bench
 from latbench.profiling.jobs import GraphJob
+from latbench.profiling.throughput import throughput
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import Row
@@ -106,11 +110,11 @@ def models() -> list[tuple[str, Graph]]:
     return [(name, fold_structure(graph)) for name, graph in chosen]
 
 
-def output_of(command: list[str]) -> str:
+def output_of(command: list[str], cpus: tuple[int, ...] = cpus_for(1)) -> str:
     """Standard output of a process that has what a worker has: the last CPU, and a session that goes first."""
 
     def as_the_worker() -> None:
-        os.sched_setaffinity(0, cpus_for(1))
+        os.sched_setaffinity(0, cpus)
         raise_priority()
 
     return subprocess.run(
@@ -135,6 +139,14 @@ def benchmark_app(path: Path) -> float:
     return float(value) * {"ms": 1.0, "us": 1e-3}[unit]
 
 
+def benchmark_app_per_s(path: Path) -> float:
+    """Inferences a second, by its throughput hint on all CPUs of this process."""
+    program, device = Path(sys.executable).with_name("benchmark_app"), ["-d", "CPU", "-infer_precision", "f32"]
+    command = [str(program), "-m", str(path), *device, "-hint", "throughput", "-t", "2"]
+    told = output_of(command, tuple(os.sched_getaffinity(0)))
+    return float(told.partition("Throughput:")[2].split()[0])
+
+
 REFERENCES: dict[str, tuple[Callable[[Path], float], str]] = {
     "onnxruntime": (plain_loop, "plain loop"),
     "openvino": (benchmark_app, "bench._app"),
@@ -149,18 +161,23 @@ def wanted(backend: str) -> list[tuple[str, Graph]]:
     return networks if backend == "openvino" else [models()[0], models()[5], *networks]
 
 
+def model_and_file(name: str, graph: Graph, artifact: str, folder: str) -> tuple[Model, Path]:
+    """What latbench measures, and the same on disk for others."""
+    row = Row(graph.key, "network", graph.signature, macs=graph.macs)
+    path = Path(folder) / ("model.json" if artifact == "graph" else "model.onnx")
+    path.write_bytes(graph.to_json().encode() if artifact == "graph" else to_onnx(graph, random_weights(graph)))
+    return Model(name, GraphJob(graph, row, alone=True), FoldReport((), ())), path
+
+
 def agreement(backend: str, turns: int) -> float:
     """Prints a line per model; the largest deviation of a ratio from 1."""
     reference, title = REFERENCES[backend]
     target = Target("cpu", devices.detect().host.cpu_model, backend, {"threads": 1}, PLAN, "isolated")
-    artifact, worst = target.backend_class.artifact, 0.0
+    worst = 0.0
     print(f"{backend:34s} {'latbench':>10s} {title:>10s} {'ratio':>8s}")
     with tempfile.TemporaryDirectory() as folder:
         for name, graph in wanted(backend):
-            row = Row(graph.key, "network", graph.signature, macs=graph.macs)
-            model = Model(name, GraphJob(graph, row, alone=True), FoldReport((), ()))
-            path = Path(folder) / ("model.json" if artifact == "graph" else "model.onnx")
-            path.write_bytes(graph.to_json().encode() if artifact == "graph" else to_onnx(graph, random_weights(graph)))
+            model, path = model_and_file(name, graph, target.backend_class.artifact, folder)
             ours, theirs = [], []
             for _ in range(turns):
                 theirs.append(reference(path))
@@ -172,11 +189,34 @@ def agreement(backend: str, turns: int) -> float:
     return worst
 
 
+def throughput_agreement(turns: int) -> float:
+    """As ``agreement``, of openvino's throughput."""
+    target = Target("cpu", devices.detect().host.cpu_model, "openvino", {"threads": 1}, PLAN, "isolated")
+    worst = 0.0
+    print(f"{'openvino, inferences a second':34s} {'latbench':>10s} {'bench._app':>10s} {'ratio':>8s}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, graph in wanted("openvino")[:4]:
+            model, path = model_and_file(name, graph, "onnx", folder)
+            ours, theirs = [], []
+            for _ in range(turns):
+                theirs.append(benchmark_app_per_s(path))
+                ours.append(throughput(model, target).per_s)
+            ratio = float(np.median(np.array(ours) / np.array(theirs)))
+            worst = max(worst, abs(ratio - 1))
+            print(f"{name:34s} {np.median(ours):8.1f}/s {np.median(theirs):8.1f}/s {ratio - 1:+8.2%}", flush=True)
+    print(f"worst {worst:.2%} (aim: 3 %)\n", flush=True)
+    return worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backends", nargs="*", default=list(REFERENCES), metavar="BACKEND")
     parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--throughput", action="store_true", help="openvino's inferences a second instead")
     arguments = parser.parse_args()
+    if arguments.throughput:
+        throughput_agreement(arguments.turns)
+        return
     for backend in arguments.backends:
         try:
             plugins.load("latbench.backends", backend).available()

@@ -82,6 +82,7 @@ class Row:
     stage: str | None = None  # where it failed
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    conditions: str | None = None  # JSON: what back-end and device said of its blocks; numbers are medians over them
     origin: Literal["measured", "fitted", "imported", "simulated"] = "measured"
     samples_ms: tuple[float, ...] = ()  # all of them, per inference, as measured
     block_sizes: tuple[int, ...] = ()  # how samples_ms splits into blocks

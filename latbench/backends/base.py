@@ -5,7 +5,7 @@ Imported by workers: standard library and numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,11 @@ from typing import Any, ClassVar, Literal, Protocol, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from latbench.errors import UsageError
+
 Scalar = Union[int, float, str, bool]  # noqa: UP007  (evaluated, and workers run on Python 3.9 too)
+
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,36 @@ class Backend(Protocol):
     def load(self, artifact: Path) -> AbstractContextManager[Runner]:
         """Raises MeasurementError with the runtime's words."""
         ...
+
+
+def checked(
+    backend: str,
+    defaults: Mapping[str, Scalar],
+    options: Mapping[str, Scalar],
+    *,
+    counts: Mapping[str, tuple[int, int]] = {},
+    choices: Mapping[str, Collection[str]] = {},
+    flags: Collection[str] = (),
+) -> dict[str, Scalar]:
+    """`options` over a back-end's `defaults`. Raises UsageError on one that it does not have, or of a wrong value.
+
+    counts: least and most of options that are whole numbers. choices: words to choose from. flags: true or false.
+    """
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
+        raise UsageError(f"{backend} has no option {unknown[0]!r} (it has: {', '.join(defaults)})")
+    whole = {**defaults, **options}
+    for name, (least, most) in counts.items():
+        value = whole[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise UsageError(f"{backend}: {name} must be a whole number from {least} to {most}, got {value!r}")
+    for name, words in choices.items():
+        if whole[name] not in words:
+            raise UsageError(f"{backend}: {name} must be {' or '.join(words)}, got {whole[name]!r}")
+    for name in flags:
+        if not isinstance(whole[name], bool):
+            raise UsageError(f"{backend}: {name} must be true or false, got {whole[name]!r}")
+    return whole
 
 
 _NOISE = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)

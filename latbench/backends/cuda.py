@@ -1,8 +1,8 @@
 """CUDA memory, streams, events and graphs behind one small protocol, always on the device's primary context.
 
-`cuda-python` where it is installed, else `pycuda`. The runtime API of the one and ``retain_primary_context`` of the
-other share a context with TensorRT and torch; a second context would make their handles invalid (so never
-``pycuda.autoinit``). Imported by workers: standard library and numpy, Python 3.9.
+`cuda-python` where it is installed, else `pycuda` (``cuda_bindings``): the runtime API of the one and
+``retain_primary_context`` of the other share a context with TensorRT and torch; a second context would make their
+handles invalid (so never ``pycuda.autoinit``). Imported by workers: standard library and numpy, Python 3.9.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ class Cuda(Protocol):
         """Copies device memory into a contiguous array, and waits."""
         ...
 
+    def pinned(self, like: NDArray[Any]) -> NDArray[Any]:
+        """A copy in host memory that the device reads and writes by itself; ``unpin`` gives it back."""
+        ...
+
+    def unpin(self, array: NDArray[Any]) -> None: ...
+
+    def upload_async(self, address: int, array: NDArray[Any], stream: Any) -> None:
+        """Enqueues a copy of a pinned array to the device."""
+        ...
+
+    def download_async(self, array: NDArray[Any], address: int, stream: Any) -> None:
+        """Enqueues a copy of device memory into a pinned array."""
+        ...
+
     def fill(self, address: int, nbytes: int, stream: Any) -> None:
         """Enqueues writing zeros."""
         ...
@@ -77,6 +91,10 @@ class Cuda(Protocol):
     def event(self) -> Any: ...
 
     def record(self, event: Any, stream: Any) -> None: ...
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """Lets what is enqueued on the stream from now on begin behind the event, of another stream."""
+        ...
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Waits for `end`."""
@@ -98,7 +116,7 @@ def devices() -> tuple[CudaDevice, ...]:
 
     Raises BackendUnavailableError, with what to do, where there is no driver or no GPU.
     """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    _settle_environment()
     try:
         driver: Any = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -118,6 +136,14 @@ def devices() -> tuple[CudaDevice, ...]:
     return tuple(_describe(driver, index) for index in range(count.value))
 
 
+def _settle_environment() -> None:
+    """What CUDA reads when it starts: devices numbered as nvidia-smi does; kernels loaded when first used, the default
+    from CUDA 12.2 on, without which TensorRT 8.6 warns in every row.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+
+
 def _describe(driver: Any, index: int) -> CudaDevice:
     device, name, value = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(device), index)
@@ -132,9 +158,9 @@ def _describe(driver: Any, index: int) -> CudaDevice:
 def installed() -> dict[str, str]:
     """The binding that ``connect`` would take and its version; {} where there is none."""
     if _runtime_name():
-        return {"cuda-python": _version("cuda-bindings", "cuda-python")}
+        return {"cuda-python": version_of("cuda-bindings", "cuda-python")}
     if _found("pycuda"):
-        return {"pycuda": _version("pycuda")}
+        return {"pycuda": version_of("pycuda")}
     return {}
 
 
@@ -150,7 +176,9 @@ def driver() -> dict[str, str]:
 
 def connect(index: int) -> Cuda:
     """Device `index`, in the order of nvidia-smi. Raises BackendUnavailableError, with what to install."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    from latbench.backends.cuda_bindings import CudaPython, PyCuda
+
+    _settle_environment()
     runtime = _runtime_name()
     try:
         if runtime:
@@ -164,177 +192,6 @@ def connect(index: int) -> Cuda:
     )
 
 
-class CudaPython:
-    """By `cuda-python`: the module ``cuda.bindings.runtime``, before 12.3 ``cuda.cudart``."""
-
-    def __init__(self, runtime: Any, index: int) -> None:
-        self._runtime, self._index = runtime, index
-        self.name = f"cuda-python {_version('cuda-bindings', 'cuda-python')}"
-        self._call("cudaSetDevice", index)
-        self._call("cudaFree", 0)  # makes the primary context
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        status, *results = getattr(self._runtime, name)(*arguments)
-        if status != self._runtime.cudaError_t.cudaSuccess:
-            _, said = self._runtime.cudaGetErrorString(status)
-            words = said.decode() if isinstance(said, bytes) else said
-            raise MeasurementError(f"{name}: {words} ({status.name})")
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def _attribute(self, name: str) -> int:
-        return int(self._call("cudaDeviceGetAttribute", getattr(self._runtime.cudaDeviceAttr, name), self._index))
-
-    @property
-    def device(self) -> CudaDevice:
-        name = self._call("cudaGetDeviceProperties", self._index).name
-        version = tuple(self._attribute(f"cudaDevAttrComputeCapability{part}") for part in ("Major", "Minor"))
-        return CudaDevice(name.decode().rstrip("\0") if isinstance(name, bytes) else name, (version[0], version[1]))
-
-    @property
-    def l2_bytes(self) -> int:
-        return self._attribute("cudaDevAttrL2CacheSize")
-
-    def allocate(self, nbytes: int) -> int:
-        return int(self._call("cudaMalloc", max(1, nbytes)))
-
-    def free(self, address: int) -> None:
-        self._call("cudaFree", address)
-
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpy", address, array.ctypes.data, array.nbytes, kind)
-        self._call("cudaStreamSynchronize", 0)  # from pageable memory it returns before the device has it all
-
-    def download(self, array: NDArray[Any], address: int) -> None:
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpy", array.ctypes.data, address, array.nbytes, kind)
-
-    def fill(self, address: int, nbytes: int, stream: Any) -> None:
-        self._call("cudaMemsetAsync", address, 0, nbytes, stream)
-
-    def stream(self) -> Any:
-        return self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
-
-    def handle(self, stream: Any) -> int:
-        return int(stream)
-
-    def synchronise(self, stream: Any) -> None:
-        self._call("cudaStreamSynchronize", stream)
-
-    def event(self) -> Any:
-        return self._call("cudaEventCreate")
-
-    def record(self, event: Any, stream: Any) -> None:
-        self._call("cudaEventRecord", event, stream)
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        self._call("cudaEventSynchronize", end)
-        return float(self._call("cudaEventElapsedTime", start, end))
-
-    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
-        try:
-            enqueue()
-        except BaseException:
-            with contextlib.suppress(MeasurementError):  # a capture that failed still has to be ended
-                self._call("cudaStreamEndCapture", stream)
-            raise
-        graph = self._call("cudaStreamEndCapture", stream)
-        try:
-            return self._call("cudaGraphInstantiateWithFlags", graph, 0)
-        finally:
-            self._call("cudaGraphDestroy", graph)
-
-    def replay(self, graph: Any, stream: Any) -> None:
-        self._call("cudaGraphLaunch", graph, stream)
-
-    def release(self, thing: Any) -> None:
-        kinds = {"cudaStream_t": "cudaStreamDestroy", "cudaEvent_t": "cudaEventDestroy"}
-        self._call(kinds.get(type(thing).__name__, "cudaGraphExecDestroy"), thing)
-
-
-class PyCuda:
-    """By `pycuda`, which has no graphs."""
-
-    def __init__(self, driver: Any, index: int) -> None:
-        self._driver = driver
-        self.name = f"pycuda {_version('pycuda')}"
-        self._memory: dict[int, Any] = {}
-        with self._words("retain_primary_context"):
-            driver.init()
-            self._device = driver.Device(index)
-            self._context = self._device.retain_primary_context()
-            self._context.push()
-
-    @contextlib.contextmanager
-    def _words(self, what: str) -> Any:
-        try:
-            yield
-        except self._driver.Error as error:
-            raise MeasurementError(f"{what}: {error}") from error
-
-    @property
-    def device(self) -> CudaDevice:
-        return CudaDevice(self._device.name(), self._device.compute_capability())
-
-    @property
-    def l2_bytes(self) -> int:
-        return int(self._device.get_attribute(self._driver.device_attribute.L2_CACHE_SIZE))
-
-    def allocate(self, nbytes: int) -> int:
-        with self._words("mem_alloc"):
-            memory = self._driver.mem_alloc(max(1, nbytes))
-        self._memory[int(memory)] = memory
-        return int(memory)
-
-    def free(self, address: int) -> None:
-        self._memory.pop(address).free()
-
-    def upload(self, address: int, array: NDArray[Any]) -> None:
-        with self._words("memcpy_htod"):
-            self._driver.memcpy_htod(address, array)
-            self._driver.Context.synchronize()  # from pageable memory it returns before the device has it all
-
-    def download(self, array: NDArray[Any], address: int) -> None:
-        with self._words("memcpy_dtoh"):
-            self._driver.memcpy_dtoh(array, address)
-
-    def fill(self, address: int, nbytes: int, stream: Any) -> None:
-        with self._words("memset_d8_async"):
-            self._driver.memset_d8_async(address, 0, nbytes, stream)
-
-    def stream(self) -> Any:
-        return self._driver.Stream()
-
-    def handle(self, stream: Any) -> int:
-        return int(stream.handle)
-
-    def synchronise(self, stream: Any) -> None:
-        with self._words("Stream.synchronize"):
-            stream.synchronize()
-
-    def event(self) -> Any:
-        return self._driver.Event()
-
-    def record(self, event: Any, stream: Any) -> None:
-        event.record(stream)
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        with self._words("Event.synchronize"):
-            end.synchronize()
-            return float(end.time_since(start))
-
-    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
-        raise MeasurementError("pycuda has no graphs: pip install cuda-python")
-
-    def replay(self, graph: Any, stream: Any) -> None:
-        raise MeasurementError("pycuda has no graphs: pip install cuda-python")
-
-    def release(self, thing: Any) -> None:
-        """pycuda's objects go with their last reference."""
-
-
 def _runtime_name() -> str:
     return next((name for name in ("cuda.bindings.runtime", "cuda.cudart") if _found(name)), "")
 
@@ -346,7 +203,7 @@ def _found(module: str) -> bool:
         return False
 
 
-def _version(*packages: str) -> str:
+def version_of(*packages: str) -> str:
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(package)

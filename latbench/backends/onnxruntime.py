@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata, util
 from itertools import repeat as times
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.backends.base import Buffers, LayerTime, Scalar
-from latbench.errors import BackendUnavailableError, MeasurementError, UsageError
+from latbench.backends.base import MAX_THREADS, Buffers, LayerTime, Scalar, checked
+from latbench.backends.streams import TIMER_NS, Crew
+from latbench.errors import BackendUnavailableError, MeasurementError
 
-OPTIONS: dict[str, Scalar] = {"threads": 1, "optimisation": "all"}
 LEVELS = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -49,17 +50,13 @@ class OnnxRuntimeBackend:
     artifact: ClassVar[Literal["onnx", "graph"]] = "onnx"
     clock: ClassVar[Literal["host", "cuda_event", "model"]] = "host"
     kinds: ClassVar[tuple[str, ...]] = ("cpu",)
+    int8: ClassVar[str] = "onnxruntime"  # the scheme of latbench.graph.quantize that it fuses
+    streams: ClassVar[str] = "latbench.backends.onnxruntime:OnnxRuntimeStreams"  # for throughput
+    defaults: ClassVar[Mapping[str, Scalar]] = {"threads": 1, "optimisation": "all"}
+    counts: ClassVar[Mapping[str, tuple[int, int]]] = {"threads": (1, MAX_THREADS)}
 
     def __init__(self, options: Mapping[str, Scalar]) -> None:
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise UsageError(f"onnxruntime has no option {sorted(unknown)[0]!r} (it has: {', '.join(OPTIONS)})")
-        self.options = {**OPTIONS, **options}
-        if self.options["optimisation"] not in LEVELS:
-            raise UsageError(f"optimisation {self.options['optimisation']!r}: one of {', '.join(LEVELS)}")
-        threads = self.options["threads"]
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-            raise UsageError(f"onnxruntime: threads must be a whole number from 1, got {threads!r}")
+        self.options = checked(self.name, self.defaults, options, counts=self.counts, choices={"optimisation": LEVELS})
         self.available()
         # Read on import (1.31): else a thread that collects and sends usage data runs beside the measurement.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -113,16 +110,20 @@ class OnnxRuntimeRunner:
             if tensor.type not in DTYPES or not all(isinstance(n, int) for n in tensor.shape):
                 raise MeasurementError(f"input {tensor.name!r} is {tensor.type} {tensor.shape}: not a static tensor")
             self._inputs[tensor.name] = buffers.get("input", i, tuple(tensor.shape), DTYPES[tensor.type])
-        self._binding = self._bind(self._session)
+        self._binding = self._bind(self._session, buffers)
         self._run = self._session.run_with_iobinding
 
-    def _bind(self, session: Any) -> Any:
+    def call(self, buffers: Buffers) -> Callable[[], object]:
+        """An inference whose outputs go to these buffers."""
+        return partial(self._run, self._bind(self._session, buffers))
+
+    def _bind(self, session: Any, buffers: Buffers) -> Any:
         binding = session.io_binding()
         for name, array in self._inputs.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         for i, tensor in enumerate(session.get_outputs()):
             if tensor.type in DTYPES and all(isinstance(n, int) for n in tensor.shape):
-                room = self._buffers.get("output", i, tuple(tensor.shape), DTYPES[tensor.type])
+                room = buffers.get("output", i, tuple(tensor.shape), DTYPES[tensor.type])
                 binding.bind_ortvalue_output(tensor.name, self._ort.OrtValue.ortvalue_from_numpy(room))
             else:
                 binding.bind_output(tensor.name)
@@ -145,7 +146,7 @@ class OnnxRuntimeRunner:
             self._options.enable_profiling = True
             self._options.profile_file_prefix = os.path.join(folder, "profile")  # noqa: PTH118
             session = self._ort.InferenceSession(str(self._artifact), self._options, providers=["CPUExecutionProvider"])
-            binding = self._bind(session)
+            binding = self._bind(session, self._buffers)
             for _ in range(25):
                 session.run_with_iobinding(binding)
             path = session.end_profiling()
@@ -157,6 +158,52 @@ class OnnxRuntimeRunner:
                 name = event["name"][: -len("_kernel_time")]
                 times_us.setdefault((name, event["args"].get("op_name", "")), []).append(event["dur"])
         return [LayerTime(name, op, float(np.median(us[5:])) / 1e3) for (name, op), us in times_us.items()]
+
+
+class OnnxRuntimeStreams(OnnxRuntimeBackend):
+    """Options: those of onnxruntime, and `streams`: threads that run one session at once; 0: a CPU's worth of them.
+
+    As onnxruntime_perf_test's ``-c``: weights, inputs and the pool of `threads` are shared, outputs are a stream's own.
+    """
+
+    timer_ns: ClassVar[float] = TIMER_NS
+    defaults: ClassVar[Mapping[str, Scalar]] = {**OnnxRuntimeBackend.defaults, "streams": 0}
+    counts: ClassVar[Mapping[str, tuple[int, int]]] = {**OnnxRuntimeBackend.counts, "streams": (0, MAX_THREADS)}
+
+    @contextmanager
+    def load(self, artifact: Path) -> Iterator[Any]:
+        with super().load(artifact) as runner:
+            n = int(self.options["streams"]) or max(1, _cpus() // int(self.options["threads"]))
+            streams = OnnxRuntimeStreamsRunner(runner, n)
+            try:
+                yield streams
+            finally:
+                streams.crew.close()
+
+
+class OnnxRuntimeStreamsRunner:
+    """A session that several threads run."""
+
+    def __init__(self, runner: OnnxRuntimeRunner, streams: int) -> None:
+        self._runner, self.streams = runner, streams
+        self.crew = Crew(runner.call(Buffers()) for _ in range(streams))
+
+    def sample(self, repeat: int) -> float:
+        return self.crew.run(repeat * self.streams)
+
+    def outputs(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        return self._runner.outputs(inputs)
+
+    def layers(self) -> list[LayerTime] | None:
+        return self._runner.layers()
+
+    def notes(self) -> tuple[str, ...]:
+        return (f"streams={self.streams}",)
+
+
+def _cpus() -> int:
+    """Logical CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _words(error: Exception) -> str:

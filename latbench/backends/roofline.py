@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.backends.base import LayerTime, Scalar
+from latbench.backends.base import LayerTime, Scalar, checked
 from latbench.errors import GraphError, MeasurementError, UsageError
 from latbench.graph import ops
 from latbench.graph.ir import Graph, Node
@@ -37,11 +37,8 @@ class RooflineBackend:
     kinds: ClassVar[tuple[str, ...]] = ("cpu", "gpu")
 
     def __init__(self, options: Mapping[str, Scalar]) -> None:
-        unknown = set(options) - set(OPTIONS)
-        if unknown:
-            raise UsageError(f"roofline has no option {sorted(unknown)[0]!r} (it has: {', '.join(OPTIONS)})")
         self.options: dict[str, float] = {}
-        for name, value in {**OPTIONS, **options}.items():
+        for name, value in checked(self.name, OPTIONS, options).items():
             if isinstance(value, (str, bool)) or not 0 < value < math.inf:
                 raise UsageError(f"roofline: {name} must be a number above zero, got {value!r}")
             self.options[name] = float(value)

@@ -161,12 +161,19 @@ def _serialized(toolkit: Toolkit, network: Any, config: Any) -> Any:
 
 
 def _types(network: Any) -> set[str]:
-    """Names of the types of every tensor of a parsed network."""
-    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    """Names of the types of every tensor of a parsed network.
+
+    Until it is built, weak typing shows what a QuantizeLinear gives as the float that it takes: that is int8.
+    """
+    found = {network.get_input(i).dtype.name for i in range(network.num_inputs)}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        tensors += [layer.get_output(i) for i in range(layer.num_outputs)]
-    return {tensor.dtype.name for tensor in tensors if tensor is not None}
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        types = {tensor.dtype.name for tensor in outputs if tensor is not None}
+        if layer.type.name == "QUANTIZE" and types <= {"FLOAT", "HALF"}:
+            found.add("INT8")
+        found |= types
+    return found
 
 
 def _mask(enumeration: Any, names: tuple[str, ...]) -> int:

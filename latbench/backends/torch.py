@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latbench.backends import cuda
-from latbench.backends.base import Buffers, LayerTime, Scalar
+from latbench.backends.base import MAX_THREADS, Buffers, LayerTime, Scalar, checked
 from latbench.errors import BackendUnavailableError, GraphError, MeasurementError, UsageError
 from latbench.graph.ir import Graph
 from latbench.graph.passes import random_weights
@@ -44,13 +44,20 @@ class TorchBackend:
     clock: ClassVar[Literal["host", "cuda_event", "model"]] = "host"
     kinds: ClassVar[tuple[str, ...]] = ("cpu", "gpu")
     defaults: ClassVar[Mapping[str, Scalar]] = {"threads": 1, "device": "cpu", "channels_last": False, "tf32": False}
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, options: Mapping[str, Scalar]) -> None:
-        unknown = set(options) - set(self.defaults)
-        if unknown:
-            raise UsageError(f"{self.name} has no option {sorted(unknown)[0]!r} (it has: {', '.join(self.defaults)})")
-        self.options = {**self.defaults, **options}
-        self._check()
+        self.options = checked(
+            self.name,
+            self.defaults,
+            options,
+            counts={"threads": (1, MAX_THREADS)},
+            choices=self.choices,
+            flags=("channels_last", "tf32"),
+        )
+        device = self.options["device"]
+        if device != "cpu" and (not isinstance(device, int) or isinstance(device, bool) or device < 0):
+            raise UsageError(f"{self.name}: device must be cpu or the number of a GPU, got {device!r}")
         self._torch: Any = None
         self._buffers = Buffers()
         if self.options["device"] != "cpu":  # of this instance: the class speaks for the CPU
@@ -72,16 +79,6 @@ class TorchBackend:
         if self.options["device"] != "cpu":
             _use_gpu(torch, int(self.options["device"]), tf32=bool(self.options["tf32"]))
         self._torch = torch
-
-    def _check(self) -> None:
-        threads, device = self.options["threads"], self.options["device"]
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-            raise UsageError(f"{self.name}: threads must be a whole number from 1, got {threads!r}")
-        if device != "cpu" and (not isinstance(device, int) or isinstance(device, bool) or device < 0):
-            raise UsageError(f"{self.name}: device must be cpu or the number of a GPU, got {device!r}")
-        for name in ("channels_last", "tf32"):
-            if not isinstance(self.options[name], bool):
-                raise UsageError(f"{self.name}: {name} must be true or false, got {self.options[name]!r}")
 
     @classmethod
     def available(cls) -> None:
@@ -137,11 +134,7 @@ class TorchCompileBackend(TorchBackend):
 
     name: ClassVar[str] = "torch_compile"
     defaults: ClassVar[Mapping[str, Scalar]] = {**TorchBackend.defaults, "mode": "default"}
-
-    def _check(self) -> None:
-        super()._check()
-        if self.options["mode"] not in MODES:
-            raise UsageError(f"torch_compile: mode {self.options['mode']!r}: one of {', '.join(MODES)}")
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": MODES}
 
     @classmethod
     def available(cls) -> None:

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from pathlib import Path
-from statistics import median, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from latbench.cli.values import DTYPE, DURATION, PERCENT, SHAPE, InputShape, format_bytes, format_count, format_ms
+from latbench.cli import measuring
+from latbench.cli.values import DURATION, PERCENT, SHAPE, InputShape, Quantity, parse_dtype
 from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
 
 if TYPE_CHECKING:
+    from latbench.graph.ir import DType
     from latbench.profiling import Target
-    from latbench.profiling.bench import Bench, Model
-    from latbench.tables import Row
+    from latbench.profiling.bench import Model
+
+
+def parse_precision(text: str) -> Literal["float32", "float16", "int8"]:
+    """As ``parse_dtype``, and "int8". Raises UsageError."""
+    if text.strip().lower() == "int8":
+        return "int8"
+    try:
+        return parse_dtype(text)
+    except UsageError:
+        raise UsageError(f"unknown dtype {text!r}: fp32, fp16 or int8") from None
 
 
 @click.command()
 @click.argument("model")
-@click.option("--device", default="auto", show_default=True, help="Profile name, `cpu`, or `auto`.")
-@click.option("--backend", help="Back-end; default: the device's.")
+@measuring.DEVICE
+@measuring.BACKEND
 @click.option("--batch", type=click.IntRange(1), help="For torchvision:NAME and SPACE:ARCH.")
 @click.option("--resolution", type=click.IntRange(1), help="For torchvision:NAME and SPACE:ARCH.")
-@click.option("--dtype", type=DTYPE, help="fp32 or fp16, for SPACE:ARCH.")
+@click.option(
+    "--dtype",
+    type=Quantity("dtype", parse_precision),
+    help="fp32 or fp16, for SPACE:ARCH; int8, for every fp32 model, with --calibration.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Data for int8: .npy, .npz (arrays named as the inputs, samples first) or a folder of images.",
+)
+@click.option(
+    "--percentile", type=PERCENT, help="Of a tensor's values that int8 covers at either end (99.99%); default: all."
+)
 @click.option("--shape", "shapes", type=SHAPE, multiple=True, help="Of a dynamic input: input:1x3x224x224.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another setting of the space.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the runtime, on CPUs.")
-@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Another option of the back-end.")
+@measuring.RUNTIME
 @click.option(
     "--fold-bn",
     type=click.Choice(["auto", "on", "off"]),
@@ -58,14 +77,16 @@ if TYPE_CHECKING:
     metavar="B",
     help="Build the model so often, without a timing cache, and tell how the builds differ.",
 )
+@click.option("--throughput", is_flag=True, help="Inferences a second, several at once; no latency.")
 @click.option(
-    "--lock-clocks",
-    type=click.IntRange(1),
-    metavar="MHZ",
-    help="Hold the GPU's clock there while measuring, and free it again (needs root).",
+    "--streams", type=click.IntRange(1), metavar="N", help="For --throughput: how many at once; default: the runtime's."
 )
+@click.option(
+    "--load-limit", type=DURATION, help="Of loading or building the model; default: 2min, TensorRT's builds 30min."
+)
+@measuring.LOCK_CLOCKS
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the row as a table.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@measuring.JSON
 def command(
     model: str,
     device: str,
@@ -73,6 +94,8 @@ def command(
     batch: int | None,
     resolution: int | None,
     dtype: Any,
+    calibration: Path | None,
+    percentile: float | None,
     shapes: tuple[InputShape, ...],
     settings: tuple[str, ...],
     threads: int,
@@ -85,6 +108,9 @@ def command(
     layers: int,
     compare_backends: bool,
     builds: int | None,
+    throughput: bool,
+    streams: int | None,
+    load_limit: float | None,
     lock_clocks: int | None,
     output: Path | None,
     as_json: bool,
@@ -95,14 +121,20 @@ def command(
     """
     from dataclasses import replace
 
+    from latbench.cli import bench_output
     from latbench.cli.progress import Bar
     from latbench.cli.target import assignment, clock_held, target_of
     from latbench.measure.base import COLD_SWEEP_BYTES
     from latbench.profiling.bench import BENCH_PLAN, bench, read_model
 
+    _refuse_unfit(dtype, calibration, percentile, streams, throughput)
+    alone_only = {"--builds": builds, "--output": output}
     if compare_backends:
-        alone_only = {"--backend": backend, "--option": options, "--builds": builds, "--output": output}
-        _refuse_with_comparison({**alone_only, "--lock-clocks": lock_clocks})
+        given = {"--backend": backend, "--option": options, **alone_only, "--lock-clocks": lock_clocks}
+        _refuse(given, "--compare-backends", "is for one back-end")
+    if throughput:
+        given = {"--compare-backends": compare_backends, **alone_only, "--cache": cache != "warm"}
+        _refuse(given, "--throughput", "is for latencies")
     plan = replace(
         BENCH_PLAN,
         precision=ci,
@@ -114,7 +146,10 @@ def command(
 
     def target(name: str | None) -> Target:
         rest = {"clock_mhz": lock_clocks, "context": "isolated", "fold_bn": fold_bn != "off"}
-        chosen, _ = target_of(device, name, dtype, threads, options, plan, **rest)
+        float_dtype: DType | None = "float32" if dtype == "int8" else dtype
+        chosen, _ = target_of(device, name, float_dtype, threads, options, plan, **rest)
+        own_limit_s: float = getattr(chosen.backend_class, "load_limit_s", plan.load_limit_s)
+        chosen = replace(chosen, plan=replace(plan, load_limit_s=load_limit or own_limit_s))
         if builds is None:
             return chosen
         fresh: Mapping[str, Any] = getattr(chosen.backend_class, "fresh_build", {})
@@ -125,32 +160,56 @@ def command(
         model,
         batch=batch,
         resolution=resolution,
-        dtype=dtype,
+        dtype=None if dtype == "int8" else dtype,
         shapes={shape.name: shape.dims for shape in shapes},
         fold=fold_bn,
         settings=dict(assignment(text) for text in settings),
     )
+
+    def fitted(target: Target) -> Model:
+        """The model as the target's back-end is to run it."""
+        return read if calibration is None else read.in_int8(target.backend_class, calibration, percentile)
+
     if alone is None:
-        return _compare(read, target, as_json=as_json)
+        return _compare(read, fitted, target, as_json=as_json)
+    chosen = fitted(alone)
+    if throughput:
+        return _throughput(chosen, alone, streams or 0, as_json=as_json)
     with clock_held(alone), Bar(f"bench {read.name}") as bar:
-        result = bench(read, alone, layers=layers > 0, reporter=bar)
+        result = bench(chosen, alone, layers=layers > 0, reporter=bar)
     if output is not None:
         result.table.write(output)
     if result.row.status != "ok":
         raise MeasurementError(f"{read.name}: {result.row.status} in {result.row.stage}: {result.row.error}")
+    variance = bench_output.build_variance(result.row) if builds else None
     if as_json:
-        click.echo(json.dumps({**_plain(result), **({"builds": build_variance(result.row)} if builds else {})}))
+        click.echo(json.dumps({**bench_output.plain(result), **({"builds": variance} if variance else {})}))
     else:
-        _print(result, layers, output)
-        if builds:
-            click.echo(_builds_line(build_variance(result.row)))
+        bench_output.show(result, layers, output)
+        if variance:
+            click.echo(bench_output.builds_line(variance))
     return 0
 
 
-def _compare(model: Model, target: Callable[[str], Target], *, as_json: bool) -> int:
+def _throughput(model: Model, target: Target, streams: int, *, as_json: bool) -> int:
+    from latbench.cli import bench_output
+    from latbench.cli.progress import Bar
+    from latbench.cli.target import clock_held
+    from latbench.profiling.throughput import throughput
+
+    with clock_held(target), Bar(f"bench {model.name}") as bar:
+        found = throughput(model, target, streams, reporter=bar)
+    if as_json:
+        click.echo(json.dumps(bench_output.plain_throughput(found)))
+    else:
+        bench_output.show_throughput(found, model)
+    return 0
+
+
+def _compare(model: Model, fitted: Callable[[Target], Model], target: Callable[[str], Target], *, as_json: bool) -> int:
     from latbench.cli import bench_backends
 
-    found = bench_backends.standings(model, target)
+    found = bench_backends.standings(fitted, target)
     if as_json:
         click.echo(json.dumps(bench_backends.plain(model, found)))
     else:
@@ -158,111 +217,21 @@ def _compare(model: Model, target: Callable[[str], Target], *, as_json: bool) ->
     return 0 if any(one.latency_ms is not None for one in found) else EnvironmentUnfitError.exit_status
 
 
-def _refuse_with_comparison(options: Mapping[str, object]) -> None:
+def _refuse(options: Mapping[str, object], beside: str, why: str) -> None:
     for name, value in options.items():
         if value:
-            raise UsageError(f"{name} is for one back-end: leave it out, or leave out --compare-backends")
+            raise UsageError(f"{name} {why}: leave it out, or leave out {beside}")
 
 
-def build_variance(row: Row) -> dict[str, Any]:
-    """How the builds of a row differ: every block of samples loads, and so builds, its model anew."""
-    ends = list(accumulate(row.block_sizes))
-    medians = [median(row.samples_ms[end - n : end]) for n, end in zip(row.block_sizes, ends, strict=True)]
-    return {
-        "n": len(medians),
-        "latency_ms": medians,
-        "median_ms": median(medians),
-        "std": stdev(medians) / median(medians) if len(medians) > 1 else None,
-        "spread": (max(medians) - min(medians)) / median(medians),
-    }
-
-
-def _builds_line(figures: Mapping[str, Any]) -> str:
-    least, most = (format_ms(edge(figures["latency_ms"])) for edge in (min, max))
-    return (
-        f"{figures['n']} builds: {least} to {most} (as measured), spread {figures['spread']:.2%}, "
-        f"standard deviation {figures['std'] or 0:.2%}"
-    )
-
-
-def _plain(result: Bench) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    row = {k: v for k, v in asdict(result.row).items() if k not in ("samples_ms", "signature")}
-    report = result.model.folded
-    return {
-        "model": result.model.name,
-        **row,
-        "batch_norms": {"folded": len(report.folded), "kept": [list(pair) for pair in report.kept]},
-        "layers": result.layers,
-        "provenance": result.table.provenance.to_dict(),
-    }
-
-
-def _print(result: Bench, n_layers: int, output: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    row, about = result.row, result.table.provenance
-    assert row.latency_ms is not None  # its status is ok
-    assert row.ci_low_ms is not None
-    assert row.ci_high_ms is not None
-    centre = row.latency_ref_ms if row.latency_ref_ms is not None else row.latency_ms
-    half = (row.ci_high_ms - row.ci_low_ms) / 2 / centre
-    word = "simulated latency" if row.origin == "simulated" else "latency"
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
-    threads = about.options.get("threads")
-    runtime = about.versions.get(about.backend, "")
-    on = f"{about.device_name}, {about.backend} {runtime}" + (f", {threads} thread(s)" if threads else "")
-    facts.add_row("model", Text(result.model.name))
-    facts.add_row("on", Text(on))
-    interval = (
-        ""
-        if row.origin == "simulated"
-        else f" (95 % interval; {row.n_samples} samples, {row.n_blocks} blocks, {row.n_runs} processes)"
-    )
-    facts.add_row(word, Text(format_ms(row.latency_ms, half) + interval))
-    if row.latency_ref_ms is not None:
-        facts.add_row("at the reference clock", format_ms(row.latency_ref_ms))
-    spread = [f"min {format_ms(row.min_ms or 0)}"]
-    for name, value, least in (("p90", row.p90_ms, 29), ("p99", row.p99_ms, 299)):
-        spread.append(f"{name} {format_ms(value)}" if value is not None else f"{name} needs {least} samples")
-    spread.append(f"between processes {row.run_spread or 0:.2%}")
-    facts.add_row("spread", ", ".join(spread))
-    facts.add_row(
-        "first inference", f"{format_ms(row.first_inference_ms or 0)} after {format_ms(row.load_ms or 0)} of loading"
-    )
-    if row.macs:
-        facts.add_row("MACs", f"{format_count(row.macs)} ({row.macs / row.latency_ms / 1e6:.1f} GMAC/s)")
-    if row.n_params is not None:
-        facts.add_row("parameters", f"{row.n_params:,} ({format_count(row.n_params)})")
-    if row.peak_memory_bytes:
-        facts.add_row("peak memory", f"{format_bytes(row.peak_memory_bytes)} (worker process, runtime included)")
-    report = result.model.folded
-    if report.folded or report.kept:
-        kept = f", {len(report.kept)} kept: {report.kept[0][0]}: {report.kept[0][1]}" if report.kept else ""
-        facts.add_row("batch norms", Text(f"{len(report.folded)} folded{kept}"))
-    if row.warnings:
-        facts.add_row("warnings", ", ".join(row.warnings))
-    console = Console(highlight=False)
-    console.print(facts)
-    if result.layers:
-        _print_layers(console, result.layers, n_layers, Table)
-    if output is not None:
-        console.print(Text(f"row written to {output}"))
-
-
-def _print_layers(console: Any, layers: list[dict[str, Any]], limit: int, table_class: Any) -> None:
-    total = sum(layer["ms"] for layer in layers)
-    table = table_class(
-        title=f"slowest of {len(layers)} layers (a pass of its own: {format_ms(total)} in all)", title_justify="left"
-    )
-    for column, justify in (("layer", "left"), ("op", "left"), ("time", "right"), ("share", "right")):
-        table.add_column(column, justify=justify, overflow="ellipsis", no_wrap=True)
-    for layer in sorted(layers, key=lambda layer: -layer["ms"])[:limit]:
-        share = layer["ms"] / total if total else 0.0
-        table.add_row(layer["name"], layer["op"], format_ms(layer["ms"]), f"{share:.1%}")
-    console.print(table)
+def _refuse_unfit(
+    dtype: str | None, calibration: Path | None, percentile: float | None, streams: int | None, throughput: bool
+) -> None:
+    """Options that need each other."""
+    if dtype == "int8" and calibration is None:
+        raise UsageError("--dtype int8 needs data to calibrate on: --calibration FILE (.npy, .npz, a folder of images)")
+    if dtype != "int8" and (calibration is not None or percentile is not None):
+        raise UsageError(f"--{'percentile' if calibration is None else 'calibration'} is for --dtype int8")
+    if percentile is not None and not 0.5 < percentile < 1:
+        raise UsageError(f"--percentile {percentile:.4%}: between 50% and 100%, such as 99.99%")
+    if streams is not None and not throughput:
+        raise UsageError("--streams is for --throughput")

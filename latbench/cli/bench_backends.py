@@ -26,8 +26,8 @@ class Standing:
     half: float | None = None  # relative half-width of its interval
 
 
-def standings(model: Model, target: Callable[[str], Target]) -> list[Standing]:
-    """Quickest first, then those without a figure. `target` gives a back-end's, by its name.
+def standings(model: Callable[[Target], Model], target: Callable[[str], Target]) -> list[Standing]:
+    """Quickest first, then those without a figure. `target` gives a back-end's, by its name; `model` what it runs.
 
     Each back-end's session states its latencies at the clock that it found; here all are stated at the first one's.
     Simulations are no competitors.
@@ -41,7 +41,7 @@ def standings(model: Model, target: Callable[[str], Target]) -> list[Standing]:
             chosen = target(name)
             if chosen.simulated:
                 continue
-            result = bench(model, chosen, layers=False)
+            result = bench(model(chosen), chosen, layers=False)
         except LatbenchError as error:
             found.append(Standing(name, None, str(error)))
             continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from latbench.cli import measuring
 from latbench.cli.values import DTYPE, DURATION, PERCENT
 
 if TYPE_CHECKING:
@@ -16,15 +17,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--device", default="auto", show_default=True, help="Profile name, `cpu`, or `auto` (latbench devices).")
+@measuring.DEVICE
 @click.option("--space", "space_name", required=True, help="Search space: mobilenet_v1, nasbench201, ...")
-@click.option("--backend", help="Back-end; default: the device's.")
+@measuring.BACKEND
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--resolution", type=int, help="Pixels, square; default: the space's.")
 @click.option("--dtype", type=DTYPE, help="fp32 or fp16; default: the device's.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the runtime, on CPUs.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another setting of the space.")
-@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Another option of the back-end.")
+@measuring.RUNTIME
 @click.option("--networks", type=click.IntRange(0), default=0, help="Whole networks to measure too (told: additivity).")
 @click.option(
     "--context",
@@ -51,14 +50,9 @@ if TYPE_CHECKING:
 @click.option("--only", metavar="KEY", help="Only the row of this key (a prefix will do).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order, the networks and the weights.")
 @click.option("--dry-run", is_flag=True, help="Say how many rows and about how long; measure nothing.")
-@click.option(
-    "--lock-clocks",
-    type=click.IntRange(1),
-    metavar="MHZ",
-    help="Hold the GPU's clock there while measuring, and free it again (needs root).",
-)
+@measuring.LOCK_CLOCKS
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default: named after what it holds.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@measuring.JSON
 def command(
     device: str,
     space_name: str,
@@ -99,6 +93,8 @@ def command(
     plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
     rest = {"clock_mhz": lock_clocks, "context": context, "fold_bn": fold_bn}
     target, dtype = target_of(device, backend, dtype, threads, options, plan, **rest)
+    plan = replace(plan, load_limit_s=getattr(target.backend_class, "load_limit_s", plan.load_limit_s))
+    target = replace(target, plan=plan)
     space: SearchSpace = space_class.from_settings(
         {
             "batch": batch,

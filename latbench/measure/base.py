@@ -105,6 +105,9 @@ class Measurement:
     cache_us: tuple[float, ...] = ()  # cache probes before and behind the samples; empty: not asked for
     wait_ms: float = 0.0  # time the worker waited for a core during the samples
     peak_memory_bytes: int = 0  # of the worker process
+    conditions: Mapping[str, float | str] = field(
+        default_factory=dict
+    )  # of this block: launch, enqueue_ms, sm_clock_mhz
     warnings: tuple[str, ...] = ()  # throttled, foreign_load, cache_pressure, near_timer_floor, ...
     stage: str | None = None  # where it failed: load | warmup | measure
     error: str | None = None

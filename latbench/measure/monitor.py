@@ -50,6 +50,10 @@ class Monitor(Protocol):
         """Warnings for the block that has just ended: "throttled", "foreign_process"."""
         ...
 
+    def facts(self) -> dict[str, float]:
+        """What the latest look saw: `sm_clock_mhz` and `temperature_c`, as far as the device says."""
+        ...
+
 
 class NoMonitor:
     """Where there is nothing to look at: the clock of a CPU is told by its probe."""
@@ -59,6 +63,9 @@ class NoMonitor:
 
     def look(self) -> tuple[str, ...]:
         return ()
+
+    def facts(self) -> dict[str, float]:
+        return {}
 
 
 class _ProcessInfo(ctypes.Structure):
@@ -141,7 +148,7 @@ class GpuMonitor:
 
     def __init__(self, gpu: Nvml) -> None:
         self._gpu = gpu
-        self._first = gpu.read()  # before this process opens the device
+        self._first = self._latest = gpu.read()  # before this process opens the device
         self._highest_mhz = 0
 
     def conditions(self) -> dict[str, Any]:
@@ -150,6 +157,7 @@ class GpuMonitor:
 
     def look(self) -> tuple[str, ...]:
         now, warnings = self._gpu.read(), []
+        self._latest = now
         clock = now.sm_clock_mhz or 0
         self._highest_mhz = max(self._highest_mhz, clock)
         if now.slowdown or clock < SLOW * self._highest_mhz:
@@ -159,6 +167,10 @@ class GpuMonitor:
         if before & set(now.processes) or len(set(now.processes) - before) > 1:
             warnings.append("foreign_process")
         return tuple(warnings)
+
+    def facts(self) -> dict[str, float]:
+        seen = {"sm_clock_mhz": self._latest.sm_clock_mhz, "temperature_c": self._latest.temperature_c}
+        return {name: float(value) for name, value in seen.items() if value is not None}
 
 
 def monitor_of(backend: Any) -> Monitor:

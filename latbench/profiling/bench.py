@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latbench import plugins
+from latbench.backends.base import Backend
 from latbench.errors import ModelError, UsageError
 from latbench.graph import onnx_model, torch_export
 from latbench.graph.ir import DType
 from latbench.graph.passes import FoldReport, fold_structure, plan_fold
 from latbench.measure.base import SamplingPlan
+from latbench.profiling.int8 import Int8Report, in_int8, scheme_of
 from latbench.profiling.jobs import GraphJob, Job, OnnxJob
 from latbench.profiling.profile import Target
 from latbench.profiling.rows import finish
@@ -39,12 +41,18 @@ BENCH_PLAN = SamplingPlan(
 
 @dataclass(frozen=True)
 class Model:
-    """A network to measure, and what folding did to it."""
+    """A network to measure, and what folding and quantising did to it."""
 
     name: str
     job: Job
     folded: FoldReport
     space: SearchSpace | None = None
+    int8: Int8Report | None = None
+
+    def in_int8(self, backend: type[Backend], data: Path, percentile: float | None = None) -> Model:
+        """As `backend` runs it in int8, calibrated on `data`. Raises UsageError, ModelError."""
+        job, report = in_int8(self.job, scheme_of(backend), data, percentile)
+        return replace(self, job=job, int8=report)
 
 
 @dataclass(frozen=True)

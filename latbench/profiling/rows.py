@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +91,20 @@ class Progress:
         return "max_samples" if sum(len(b.samples_ms) for b in self.blocks) >= self.plan.max_samples else "timeout"
 
 
+def conditions(blocks: Sequence[Measurement]) -> str | None:
+    """JSON of what was said of the blocks: medians of numbers, words once each; None where nothing was said."""
+    said: dict[str, list[float | str]] = {}
+    for block in blocks:
+        for name, value in block.conditions.items():
+            said.setdefault(name, []).append(value)
+    found: dict[str, float | str] = {}
+    for name, values in said.items():
+        numbers = [value for value in values if not isinstance(value, str)]
+        words = dict.fromkeys(value for value in values if isinstance(value, str))
+        found[name] = float(np.median(numbers)) if numbers else "; ".join(words)
+    return json.dumps(found) if found else None
+
+
 def flags(block: Measurement) -> tuple[str, ...]:
     """The warnings that speak against a block."""
     return tuple(w for w in block.warnings if w in FLAGS)
@@ -154,6 +169,7 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
         wait_ms=sum(b.wait_ms for b in blocks),
         peak_memory_bytes=max(b.peak_memory_bytes for b in blocks) or None,
         warnings=tuple(sorted(warnings)),
+        conditions=conditions(used),
         origin="simulated" if simulated else "measured",
         samples_ms=tuple(s for b in blocks for s in b.samples_ms),
         block_sizes=tuple(len(b.samples_ms) for b in blocks),

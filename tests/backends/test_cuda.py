@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latbench.backends import cuda
+from latbench.backends import cuda, cuda_bindings
 from latbench.errors import BackendUnavailableError, MeasurementError
 
-SOURCE = ast.parse(Path(cuda.__file__).read_text())
+SOURCE = ast.parse(Path(cuda_bindings.__file__).read_text())
 
 
 def gpus() -> tuple[cuda.CudaDevice, ...]:
@@ -141,6 +141,33 @@ class TestOnAGpu:
         assert not back.any()
         device.free(address)
         device.release(stream)
+
+    def test_pinned_memory_is_copied_in_the_order_of_its_stream(self) -> None:
+        device = cuda.connect(0)
+        stream, address = device.stream(), device.allocate(4000)
+        up, down = (device.pinned(np.full(1000, value, np.float32)) for value in (3, 0))
+        device.upload_async(address, up, stream)
+        device.download_async(down, address, stream)
+        device.synchronise(stream)
+        assert (down == 3).all()
+        device.unpin(up)
+        device.unpin(down)
+        device.free(address)
+        device.release(stream)
+
+    def test_a_stream_waits_for_anothers_event(self) -> None:
+        device = cuda.connect(0)
+        first, second, event, address = device.stream(), device.stream(), device.event(), device.allocate(1 << 26)
+        device.fill(address, 1 << 26, first)
+        device.record(event, first)
+        device.wait(second, event)
+        start, end = device.event(), device.event()
+        device.record(start, second)
+        device.record(end, second)
+        assert device.elapsed_ms(event, start) >= 0
+        for thing in (first, second, event, start, end):
+            device.release(thing)
+        device.free(address)
 
     def test_what_does_not_fit_is_one_line(self) -> None:
         with pytest.raises(MeasurementError, match=r"memory"):

@@ -42,11 +42,11 @@ def model(path: Path, dtype: DType = "float32") -> Path:
     ("options", "words"),
     [
         ({"threds": 1}, r"no option 'threds' \(it has: threads, optimisation\)"),
-        ({"optimisation": "most"}, "one of all, extended, basic, none"),
-        ({"threads": 0}, "a whole number from 1, got 0"),
-        ({"threads": "two"}, "a whole number from 1, got 'two'"),
-        ({"threads": True}, "a whole number from 1, got True"),
-        ({"threads": 1.5}, "a whole number from 1, got 1.5"),
+        ({"optimisation": "most"}, "must be all or extended or basic or none, got 'most'"),
+        ({"threads": 0}, "a whole number from 1 to 1024, got 0"),
+        ({"threads": "two"}, "a whole number from 1 to 1024, got 'two'"),
+        ({"threads": True}, "a whole number from 1 to 1024, got True"),
+        ({"threads": 1.5}, "a whole number from 1 to 1024, got 1.5"),
     ],
 )
 def test_options_are_checked_before_any_work(options: dict[str, Any], words: str) -> None:

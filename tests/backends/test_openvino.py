@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from onnx_models import custom_operator
 
 from latbench.backends.openvino import OpenVinoBackend
 from latbench.errors import MeasurementError, UsageError
@@ -41,15 +42,7 @@ def test_a_network_gives_what_the_graph_means_and_its_layers(tmp_path):
 
 
 def test_a_custom_operator_is_named(tmp_path):
-    import onnx
-
-    node = onnx.helper.make_node("MyOp", ["x"], ["y"], domain="my.domain")
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [node], "g", [value("x", onnx.TensorProto.FLOAT, [1])], [value("y", onnx.TensorProto.FLOAT, [1])]
-    )
-    path = tmp_path / "custom.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("my.domain", 1)]), path)
+    path = custom_operator(tmp_path / "custom.onnx")
     with pytest.raises(MeasurementError, match="MyOp"), OpenVinoBackend({}).load(path):
         pass
 

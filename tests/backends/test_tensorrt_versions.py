@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from latbench import devices
-from latbench.backends import tensorrt, tensorrt_build
+from latbench.backends import tensorrt, tensorrt_build, tensorrt_runner
 from latbench.backends.tensorrt_inspector import EngineLayer, parse
+from latbench.backends.tensorrt_runner import NUMPY
 from latbench.backends.tensorrt_versions import (
     CORE_ONLY,
     ENUMERATIONS,
@@ -28,6 +29,7 @@ from latbench.backends.tensorrt_versions import (
 )
 from latbench.errors import MeasurementError, UsageError
 
+MODULES = (tensorrt, tensorrt_build, tensorrt_runner)
 VERSIONS = ("8.6.1", "10.0.0", "10.7.0", "10.13.3", "10.16", "11.0", "11.1")
 
 # The classes of the objects that tensorrt.py calls, by the name under which it holds them.
@@ -65,7 +67,7 @@ def api_of(recorded: dict[str, dict[str, list[str]]], version: str) -> Api:
 def used_names() -> set[tuple[str, str]]:
     """(class, attribute) of every use of TensorRT in our modules, read from their syntax."""
     found = set()
-    trees = [ast.parse(Path(module.__file__).read_text()) for module in (tensorrt, tensorrt_build)]
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in MODULES]
     for node in (node for tree in trees for node in ast.walk(tree)):
         if not isinstance(node, ast.Attribute):
             continue
@@ -122,6 +124,15 @@ def test_settings_name_only_members_of_their_version(
         assert {*found.sources_on, *found.sources_off} <= set(api.members["TacticSource"])
         assert {name for name, _ in found.previews} <= set(api.members["PreviewFeature"])
         assert ("TF32" in found.flags_on, "TF32" in found.flags_off) == (tf32, not tf32)
+
+
+def test_what_we_compare_by_name_is_in_every_version(recorded: dict[str, dict[str, list[str]]]) -> None:
+    """Words that are no attributes in our source: the kind of a layer, the types of tensors."""
+    for version in VERSIONS:
+        assert "QUANTIZE" in recorded[version]["LayerType"]
+        kinds = set(recorded[version]["DataType"])
+        assert {"FLOAT", "HALF", "INT8", "INT32", "UINT8", "BOOL"} <= kinds
+    assert set(NUMPY) <= set(recorded["11.1"]["DataType"])
 
 
 def test_typing_is_strong_where_it_can_be(recorded: dict[str, dict[str, list[str]]]) -> None:

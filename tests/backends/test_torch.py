@@ -77,11 +77,11 @@ def write(graph: Graph, folder: Path) -> Path:
     ("options", "words"),
     [
         ({"threds": 1}, "torch_compile has no option 'threds'"),
-        ({"threads": 0}, "a whole number from 1, got 0"),
+        ({"threads": 0}, "a whole number from 1 to 1024, got 0"),
         ({"device": "gpu"}, "cpu or the number of a GPU, got 'gpu'"),
         ({"device": -1}, "cpu or the number of a GPU, got -1"),
         ({"tf32": 1}, "true or false, got 1"),
-        ({"mode": "fastest"}, "one of default, reduce-overhead"),
+        ({"mode": "fastest"}, "must be default or reduce-overhead"),
     ],
 )
 def test_options_are_checked_before_any_work(options: dict[str, Scalar], words: str) -> None:

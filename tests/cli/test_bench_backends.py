@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from latbench import plugins
 from latbench.cli import cli
-from latbench.cli.bench import _builds_line, build_variance
+from latbench.cli.bench_output import build_variance, builds_line
 from latbench.tables import Row
 
 SMALL = ["mobilenet_v1:narrowest", "--resolution", "32", "--set", "levels=2", "--set", "num_classes=10"]
@@ -66,7 +66,7 @@ def test_builds_are_told_one_by_one() -> None:
     builds = json.loads(run("--builds", "3", "--json", "--layers", "0").stdout)["builds"]
     assert builds["n"] == len(builds["latency_ms"]) >= 3
     assert min(builds["latency_ms"]) <= builds["median_ms"] <= max(builds["latency_ms"])
-    said = _builds_line(builds)
+    said = builds_line(builds)
     assert said.startswith(f"{builds['n']} builds: ")
     assert f"spread {builds['spread']:.2%}" in said
 

@@ -99,7 +99,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "no time": ([*SMALL, "--max-time", "0s"], "must be positive"),
     "interval": ([*SMALL, "--ci", "200%"], "more than 100%"),
     "setting": ([*SMALL, "--set", "levels=many"], "levels must be a whole number"),
-    "option": ([*SMALL, "--option", "optimisation=most"], "optimisation 'most'"),
+    "option": ([*SMALL, "--option", "optimisation=most"], "optimisation must be all or"),
     "roofline of a file": (["{folder}/good.onnx", "--backend", "roofline"], "give SPACE:ARCH"),
 }
 

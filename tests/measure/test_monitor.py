@@ -110,6 +110,16 @@ def test_a_clock_below_nine_tenths_of_the_highest_is_throttled() -> None:
     assert monitor.look() == ("throttled",)
 
 
+def test_clock_and_temperature_are_those_of_the_latest_look() -> None:
+    library = Library()
+    monitor = GpuMonitor(Nvml(0, library))
+    library.clock_mhz = 1234
+    assert monitor.facts() != {"sm_clock_mhz": 1234.0, "temperature_c": 60.0}, "nothing is read between looks"
+    monitor.look()
+    assert monitor.facts() == {"sm_clock_mhz": 1234.0, "temperature_c": 60.0}
+    assert NoMonitor().facts() == {}
+
+
 def test_processes_of_others_are_noticed_and_we_are_not() -> None:
     library = Library()
     library.pids = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -102,6 +103,16 @@ def test_the_first_failure_is_the_row(status: str) -> None:
 
 def test_no_blocks_are_a_failed_row() -> None:
     assert finish(ROW, progress()).error == "no samples"
+
+
+def test_what_was_said_of_the_blocks_is_in_the_row() -> None:
+    said = [{"launch": "graph", "h2d_ms": 0.1, "sm_clock_mhz": clock} for clock in (1500.0, 1400.0, 1450.0)]
+    row = finish(ROW, progress(*(block(1.0, index=i, conditions=one) for i, one in enumerate(said))))
+    assert row.conditions is not None
+    assert json.loads(row.conditions) == {"launch": "graph", "h2d_ms": 0.1, "sm_clock_mhz": 1450.0}
+    assert finish(ROW, progress(block(1.0))).conditions is None
+    mixed = [block(1.0, index=i, conditions={"launch": word}) for i, word in enumerate(("graph", "eager: no"))]
+    assert json.loads(finish(ROW, progress(*mixed)).conditions or "") == {"launch": "graph; eager: no"}
 
 
 def measured(key: str, latency_ms: float, half: float, *, ref: float | None = None, **rest: object) -> Row:
