@@ -18,6 +18,7 @@ from latbench.profiling.bench import BENCH_PLAN, Model, bench, read_model
 from latbench.profiling.profile import Target
 from latbench.profiling.session import Reporter
 from latbench.provenance import Provenance
+from latbench.spaces.base import Arch
 
 if TYPE_CHECKING:
     from searchers.results import Found
@@ -38,6 +39,8 @@ class Verified:
     high: float
     as_measured: float  # at the clock that ran
     simulated: bool
+    networks: int = 1  # that were measured, and weighed by their shares of images where there are several
+    coverage: float = 1.0  # share of images whose network is among them
 
     @property
     def met(self) -> bool:
@@ -54,8 +57,13 @@ class Verified:
         return {**asdict(self), "met": self.met, "error": self.error}
 
 
-def verify(folder: Path, *, plan: SamplingPlan = BENCH_PLAN, reporter: Reporter | None = None) -> list[Verified]:
+def verify(
+    folder: Path, *, plan: SamplingPlan = BENCH_PLAN, reporter: Reporter | None = None, networks: int = 1
+) -> list[Verified]:
     """Measures ``network.onnx`` of a result folder for each constraint, and notes the figures in ``result.json``.
+
+    `networks` above 1: the mean over images where each has a network of its own (instanas), of so many networks, the
+    commonest, weighed by their shares of images.
 
     Raises UsageError where the folder holds no result or its table cannot be measured again, EnvironmentUnfitError
     where this is another machine, MeasurementError where the network cannot run.
@@ -63,7 +71,7 @@ def verify(folder: Path, *, plan: SamplingPlan = BENCH_PLAN, reporter: Reporter 
     from searchers.results import note, read_result
 
     found = read_result(folder)
-    verified = [_verify(found, constraint, plan, reporter) for constraint in found.problem.constraints]
+    verified = [_mean(found, constraint, plan, reporter, networks) for constraint in found.problem.constraints]
     note(folder, "verified", [one.to_dict() for one in verified])
     return verified
 
@@ -102,14 +110,34 @@ def _corrected(constraint: Constraint, ratio: float) -> Constraint:
     return replace(constraint, oracle=replace(oracle, factors=factors))
 
 
-def _verify(found: Found, constraint: Constraint, plan: SamplingPlan, reporter: Reporter | None) -> Verified:
-    oracle, arch = constraint.oracle, found.result.arch
+def _mean(
+    found: Found, constraint: Constraint, plan: SamplingPlan, reporter: Reporter | None, networks: int
+) -> Verified:
+    """Over images; of one network, its own."""
+    told = found.result.notes.get("policies", ())[:networks]
+    if networks == 1 or not told:
+        return _verify(found, found.result.arch, constraint, plan, reporter)
+    space = found.problem.space
+    each = [_verify(found, space.parse_arch(one["arch"]), constraint, plan, reporter) for one in told]
+    coverage = sum(one["share"] for one in told)
+    weights = [one["share"] / coverage for one in told]
+    means = {
+        name: sum(weight * getattr(one, name) for weight, one in zip(weights, each, strict=True))
+        for name in ("predicted", "measured", "low", "high", "as_measured")
+    }
+    return replace(each[0], **means, networks=len(each), coverage=coverage)
+
+
+def _verify(
+    found: Found, arch: Arch, constraint: Constraint, plan: SamplingPlan, reporter: Reporter | None
+) -> Verified:
+    oracle = constraint.oracle
     predicted = oracle.latency(arch)
     if oracle.unit != "ms":
         count = float(getattr(oracle.space.network(arch), {"parameters": "n_params", "MACs": "macs"}[oracle.unit]))
         return Verified("", oracle.unit, constraint.target, predicted, count, count, count, count, False)
     target = target_of(oracle.provenance, plan)
-    result = bench(_model(found, constraint, target), target, layers=False, reporter=reporter)
+    result = bench(_model(found, arch, constraint, target), target, layers=False, reporter=reporter)
     row = result.row
     if row.status != "ok" or row.latency_ms is None or row.ci_low_ms is None or row.ci_high_ms is None:
         raise MeasurementError(f"{found.result.network}: {row.status} in {row.stage}: {row.error}")
@@ -129,12 +157,13 @@ def _verify(found: Found, constraint: Constraint, plan: SamplingPlan, reporter: 
     )
 
 
-def _model(found: Found, constraint: Constraint, target: Target) -> Model:
-    """The exported file where the back-end reads ONNX and the batch is its own; else the graph of that space."""
+def _model(found: Found, arch: Arch, constraint: Constraint, target: Target) -> Model:
+    """The exported file where it is of this network, the back-end reads ONNX and the batch is its own; else the graph
+    of that space."""
     space, first = constraint.oracle.space, found.problem.space
-    if target.backend_class.artifact == "onnx" and space == first:
+    if target.backend_class.artifact == "onnx" and space == first and arch == found.result.arch:
         return read_model(str(found.result.network))
-    return read_model(f"{space.name}:{space.format_arch(found.result.arch)}", settings=space.settings())
+    return read_model(f"{space.name}:{space.format_arch(arch)}", settings=space.settings())
 
 
 def target_of(provenance: Provenance, plan: SamplingPlan) -> Target:

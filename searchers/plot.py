@@ -10,7 +10,8 @@ from latbench.errors import UsageError
 from searchers.base import Scalar
 from searchers.results import write_bytes
 
-PANELS = ("loss", "accuracy", "score", "predicted", "entropy", "temperature", "multiplier")  # by the columns' prefixes
+# by the columns' prefixes
+PANELS = ("loss", "accuracy", "score", "predicted", "entropy", "temperature", "multiplier", "diversity", "feasible")
 
 
 def draw(path: Path, history: Sequence[Mapping[str, Scalar]]) -> None:

@@ -12,10 +12,10 @@ import pickle
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,25 @@ from searchers.world import World, memory_told, to_device
 
 SAVE_EVERY_S = 30.0  # between checkpoints: what a killed run may lose
 _DAMAGE = (OSError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, pickle.UnpicklingError)
-Step = Callable[[Batch, "Position"], Mapping[str, float]]
+B_co = TypeVar("B_co", covariant=True)
+B = TypeVar("B")
+
+
+class Dealer(Protocol[B_co]):
+    """Deals what the steps of an epoch read, named tuples of tensors, the same whenever it is asked: ``Batches``."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images that a step holds in memory."""
+        ...
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[B_co]:
+        """The first `skip` left out."""
+        ...
 
 
 class Stateful(Protocol):
@@ -127,7 +145,12 @@ class Loop:
         self.history = state["history"]
         return True
 
-    def run(self, batches: Batches, step: Step, end_epoch: Callable[[int], Mapping[str, float]] | None = None) -> None:
+    def run(
+        self,
+        batches: Dealer[B],
+        step: Callable[[B, Position], Mapping[str, float]],
+        end_epoch: Callable[[int], Mapping[str, float]] | None = None,
+    ) -> None:
         """Takes the steps that are left. `step` gives figures, averaged over the epoch into one row of the history,
         to which `end_epoch` adds.
 

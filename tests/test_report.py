@@ -115,10 +115,10 @@ def test_the_picture_says_what_it_cannot_draw(tmp_path: Path) -> None:
     assert "(simulated)" in svg_texts(simulated, tmp_path / "s.svg")
 
 
-def test_twenty_thousand_rows_stay_a_small_vector_file(tmp_path: Path) -> None:
-    plot_table(LatencyTable.from_rows(blocks(20_000), PROVENANCE), tmp_path / "t.pdf")
+def test_thousands_of_rows_stay_a_small_vector_file(tmp_path: Path) -> None:
+    plot_table(LatencyTable.from_rows(blocks(4_000), PROVENANCE), tmp_path / "t.pdf")
     assert (tmp_path / "t.pdf").read_bytes().startswith(b"%PDF")
-    assert (tmp_path / "t.pdf").stat().st_size < 3_000_000
+    assert (tmp_path / "t.pdf").stat().st_size < 1_000_000
 
 
 def test_noise_is_half_the_interval_over_the_latency_at_the_reference_clock() -> None:

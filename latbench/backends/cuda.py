@@ -204,6 +204,7 @@ def _found(module: str) -> bool:
 
 
 def version_of(*packages: str) -> str:
+    """Version of the first of `packages` that is installed, "?" where none is."""
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(package)

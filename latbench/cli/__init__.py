@@ -26,9 +26,11 @@ COMMANDS = {  # name -> (module:attribute, one line of help)
     "validate": ("latbench.cli.validate:command", "A model against measured networks that it has not seen."),
     "predict": ("latbench.cli.predict:command", "Latencies of architectures, from a model or a table."),
     "import": ("latbench.cli.import_:command", "Published latencies into a table: TF-NAS, AOWS, OFA, HELP, trtexec."),
-    "search": ("latbench.cli.search:command", "The best network of a space under latency budgets: aows, tfnas."),
+    "search": ("latbench.cli.search:command", "The best network of a space under latency budgets: aows, tfnas, ..."),
     "train": ("latbench.cli.train:command", "Train the network that a search found from scratch."),
     "verify": ("latbench.cli.verify:command", "Measure the found network on the device: predicted, measured, target."),
+    "compare": ("latbench.cli.compare:command", "What became faster or slower between two tables."),
+    "report": ("latbench.cli.report:command", "One page that tells of tables, models and searches."),
     "show": (
         "latbench.cli.show:command",
         "What a table or a model holds: rows, noise, failures, provenance, validation.",

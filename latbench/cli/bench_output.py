@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def plain(result: Bench) -> dict[str, Any]:
+    """The result as data for ``--json``, without raw samples."""
     row = {k: v for k, v in asdict(result.row).items() if k not in ("samples_ms", "signature")}
     report = result.model.folded
     return {
@@ -32,6 +33,7 @@ def plain(result: Bench) -> dict[str, Any]:
 
 
 def show(result: Bench, n_layers: int, output: Path | None) -> None:
+    """Prints the figures and the `n_layers` slowest layers; `output` is the table written beside, if any."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -163,6 +165,7 @@ def build_variance(row: Row) -> dict[str, Any]:
 
 
 def builds_line(figures: Mapping[str, Any]) -> str:
+    """How far repeated builds of one engine are apart, in one line."""
     least, most = (format_ms(edge(figures["latency_ms"])) for edge in (min, max))
     return (
         f"{figures['n']} builds: {least} to {most} (as measured), spread {figures['spread']:.2%}, "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latbench.cli.model import kind_of_file, validation_in_words
+from latbench.cli.model import kind_of_file, print_facts, validation_in_words
 from latbench.cli.values import Quantity, parse_percent
 from latbench.errors import UsageError
 
@@ -155,15 +155,11 @@ def _file(path: Path) -> dict[str, str]:
 
 
 def _print(console: Console, output: Path, fitted: StoredModel) -> None:
-    from rich.table import Table
-
     model, notes = fitted.oracle, fitted.notes
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row("model", f"{model.name} of {model.space.name} on {model.provenance.device_name}")
-    grid.add_row("fitted to", f"{notes['n_blocks']} blocks, {notes['n_networks']} networks")
-    for name, text in validation_in_words(notes):
-        grid.add_row(name, text)
-    console.print(grid)
+    facts = [
+        ("model", f"{model.name} of {model.space.name} on {model.provenance.device_name}"),
+        ("fitted to", f"{notes['n_blocks']} blocks, {notes['n_networks']} networks"),
+        *validation_in_words(notes),
+    ]
+    print_facts(console, facts)
     console.print(f"model written to {output}", soft_wrap=True)

@@ -1,15 +1,19 @@
-"""What fit, validate, predict and show share: telling models from tables, and a validation's figures in words."""
+"""What commands share that print tables and models: telling one from the other, facts in lines, figures in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latbench.cli.values import format_ms
 from latbench.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
     from latbench.oracle.store import StoredModel
 
 _MAGIC = {b"PAR1": "table", b"PK\x03\x04": "model"}  # parquet; npz
@@ -31,6 +35,65 @@ def read_model(path: Path) -> StoredModel:
     if kind_of_file(path) == "table":
         raise UsageError(f"{path} is a table, not a fitted model: latbench fit {path} -o MODEL makes one of it")
     return store.load(path)
+
+
+def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """One fact a line, names in a column of their own; a fact without text is left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in facts:
+        if text:
+            grid.add_row(name, Text(text))
+    console.print(grid)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One column of a terminal's table."""
+
+    title: str
+    rank: int = 0  # those of the highest rank go first where the terminal is narrow; 0 stays
+    right: bool = False
+    least: int | None = None  # letters that a text may be shortened to; None: never shortened
+
+
+def print_rows(console: Console, columns: Sequence[Shown], rows: Sequence[Sequence[Text | str]]) -> None:
+    """A table that fits the terminal: columns are left out by rank, then texts shortened. Figures stay whole."""
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    natural = [max(len(c.title), *(row[i].cell_len for row in cells)) for i, c in enumerate(columns)]
+    widths = fitting(columns, natural, console.width)
+    view = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for i, width in widths.items():
+        justify: Literal["left", "right"] = "right" if columns[i].right else "left"
+        view.add_column(columns[i].title, justify=justify, no_wrap=True, overflow="ellipsis", width=width)
+    for row in cells:
+        view.add_row(*(row[i] for i in widths))
+    console.print(view)
+
+
+def fitting(columns: Sequence[Shown], natural: Sequence[int], room: int) -> dict[int, int]:
+    """Which columns are shown -> how wide, in letters, two between columns; `natural` is what each one would like."""
+    kept = list(range(len(columns)))
+
+    def needed() -> int:
+        return sum(min(columns[i].least or natural[i], natural[i]) + 2 for i in kept) - 2
+
+    while needed() > room and any(columns[i].rank for i in kept):
+        kept.remove(max(kept, key=lambda i: columns[i].rank))
+    spare = room - needed()
+    widths = {}
+    for i in kept:
+        least = min(columns[i].least or natural[i], natural[i])
+        widths[i] = min(natural[i], least + max(spare, 0))
+        spare -= widths[i] - least
+    return widths
 
 
 def figures_in_words(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

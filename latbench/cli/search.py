@@ -65,7 +65,7 @@ def command(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Search a network of the table's space under a latency budget: aows, tfnas.
+    """Search a network of the table's space under a latency budget: aows, tfnas, relativenas, instanas, irlas, random.
 
     A search that was cut off goes on with the same command. Several GPUs: torchrun --nproc-per-node N $(which latbench)
     search ...

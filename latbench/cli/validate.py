@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latbench.cli.model import figures_in_words, read_model
+from latbench.cli.model import figures_in_words, print_facts, read_model
 from latbench.cli.values import PERCENT
 from latbench.errors import ProvenanceConflictError, TableError, UsageError
 
@@ -59,7 +59,7 @@ def command(
     found = Predictions.of(stored.oracle, networks, confidence=confidence)
     figures = found.validation().to_dict()
     if plot is not None:
-        from latbench.report_oracle import plot_predictions
+        from latbench.report import plot_predictions
 
         title = f"{stored.oracle.space.name} on {table.provenance.device_name}"
         plot_predictions(found, plot, title=title, subtitle=_subtitle(stored), truth=_truth(networks))
@@ -126,18 +126,15 @@ def _subtitle(stored: StoredModel) -> str:
 
 def _print(stored: StoredModel, table_path: Path, figures: dict[str, Any], n_known: int, plot: Path | None) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     oracle = stored.oracle
     console = Console(highlight=False, markup=False)
     known = f" ({n_known} that it was fitted to left out)" if n_known else ""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row("model", f"{oracle.name} of {oracle.space.name} on {oracle.provenance.device_name}")
-    grid.add_row("against", f"{figures['n']} networks of {table_path}{known}")
-    for name, text in figures_in_words(figures):
-        grid.add_row(name, text)
-    console.print(grid)
+    facts = [
+        ("model", f"{oracle.name} of {oracle.space.name} on {oracle.provenance.device_name}"),
+        ("against", f"{figures['n']} networks of {table_path}{known}"),
+        *figures_in_words(figures),
+    ]
+    print_facts(console, facts)
     if plot is not None:
         console.print(f"picture: {plot}", soft_wrap=True)

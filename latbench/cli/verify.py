@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     help="While a target is missed, correct the oracle by the measurement and select again from what was trained.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of --until-met, at most.")
+@click.option(
+    "--networks",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of instanas: the mean over images, of their so many commonest networks.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(folder: Path, ci: float, runs: int, max_time: float, until_met: bool, rounds: int, as_json: bool) -> int:
+def command(
+    folder: Path, ci: float, runs: int, max_time: float, until_met: bool, rounds: int, networks: int, as_json: bool
+) -> int:
     """Measure the network that a search left in DIR on its table's device: predicted, measured, target.
 
     Ends with status 2 where a target is missed.
@@ -45,7 +54,7 @@ def command(folder: Path, ci: float, runs: int, max_time: float, until_met: bool
         if until_met:
             done = verify.until_met(folder, plan=plan, rounds=rounds, reporter=bar)
         else:
-            done = [verify.verify(folder, plan=plan, reporter=bar)]
+            done = [verify.verify(folder, plan=plan, reporter=bar, networks=networks)]
     if as_json:
         click.echo(json.dumps({"rounds": [[one.to_dict() for one in verified] for verified in done]}))
     else:
@@ -65,7 +74,8 @@ def _told(one: Verified) -> str:
     word = "simulated" if one.simulated else "measured"
     half = (one.high - one.low) / 2 / one.measured
     clock = "" if one.as_measured == one.measured else f" ({format_ms(one.as_measured)} at the clock that ran)"
+    mean = "" if one.networks == 1 else f"mean of {one.networks} networks of {one.coverage:.0%} of images: "
     return (
-        f"predicted {format_ms(one.predicted)}, {word} {format_ms(one.measured, half)}{clock} on {one.device}, "
+        f"{mean}predicted {format_ms(one.predicted)}, {word} {format_ms(one.measured, half)}{clock} on {one.device}, "
         f"{target}; the prediction is {one.error:+.1%} off"
     )

@@ -247,6 +247,8 @@ def factorized_reduce(b: GraphBuilder, x: str, out_channels: int, *, name: str) 
 
 
 class DartsOp(Protocol):
+    """Appends one DARTS operator to `b` behind node `x` and gives its output's name."""
+
     def __call__(self, b: GraphBuilder, x: str, /, *, stride: int, name: str) -> str: ...
 
 

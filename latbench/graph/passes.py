@@ -147,6 +147,7 @@ def fold_structure(graph: Graph) -> Graph:
 
 
 def plan_fold(graph: Graph) -> FoldReport:
+    """Which batch norms can be folded, into which node, and why the others cannot."""
     by_name = {node.name: node for node in graph.nodes}
     users: dict[str, list[str]] = defaultdict(list)
     for node in graph.nodes:

@@ -45,6 +45,7 @@ PROBE_EVERY_S = 0.001
 
 
 def main() -> None:
+    """Serves the parent's requests, a JSON line each, until its pipe closes; ``--describe`` answers once and ends."""
     if sys.argv[1] == "--describe":
         print(json.dumps(describe(sys.argv[2])))  # noqa: T201  (its answer)
         return

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latbench.errors import UsageError
 from latbench.graph.ir import Graph
 from latbench.graph.ops import AdaptiveAvgPool2d, Conv2d, Crop, Flatten, Identity, Op
 from latbench.oracle.base import Archs, Floats, check_archs
-from latbench.spaces.base import FactoredSpace, SearchSpace
+from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 from latbench.spaces.nasbench201 import EDGES, NODE_SCOPES, NASBench201Space
 
 Ints = NDArray[np.int64]
 QUANTITIES = ("kernels", "macs", "bytes", "weights")
 MAX_TABULATED = 20_000  # architectures: a smaller space can be written out in full
 MAX_BLOCKS = 600  # distinct blocks: beyond it (widths), a figure per block says less than its sizes do
+N_WHOLE = 256  # sampled networks whose figures stand for those of a space that does not factor
 _BYTES = {"float32": 4, "float16": 2}
 _FREE = (Flatten, Identity, Crop)  # views: no kernel runs
 
@@ -158,17 +160,23 @@ def physical(space: SearchSpace) -> Additive:
         seen.setdefault(identity(block), len(seen))
 
     def figures(block: Graph) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for what, side, values in costs(block):
-            level = "level_head" if side == 1 else f"level{max(0, round(math.log2(space.resolution / side)))}"
-            for q, value in zip(QUANTITIES, values.tolist(), strict=True):
-                for group in ("total", f"kind/{what}", level):
-                    found[f"{group}/{q}"] = found.get(f"{group}/{q}", 0.0) + value
+        found = _sums(block, space.resolution)
         if len(seen) <= MAX_BLOCKS:
             found |= {f"block{seen[identity(block)]}/{q}": found.get(f"total/{q}", 0.0) for q in QUANTITIES[:3]}
         return found
 
     return additive(space, figures)
+
+
+def _sums(graph: Graph, resolution: int) -> dict[str, float]:
+    """In all, per kind of kernel and per level, each of QUANTITIES."""
+    found: dict[str, float] = {}
+    for what, side, values in costs(graph):
+        level = "level_head" if side == 1 else f"level{max(0, round(math.log2(resolution / side)))}"
+        for q, value in zip(QUANTITIES, values.tolist(), strict=True):
+            for group in ("total", f"kind/{what}", level):
+                found[f"{group}/{q}"] = found.get(f"{group}/{q}", 0.0) + value
+    return found
 
 
 def additive(space: FactoredSpace, figures: Callable[[Graph], Mapping[str, float]]) -> Additive:
@@ -196,6 +204,58 @@ def additive(space: FactoredSpace, figures: Callable[[Graph], Mapping[str, float
     return Additive(tuple(columns), constant, tuple(parts))
 
 
+# ── spaces that do not factor ────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """(M,) figures of each network, read from its whole graph, or a linear map of them: nothing adds up over sites."""
+
+    space: SearchSpace
+    known: tuple[str, ...]  # (M,) what is read
+    names: tuple[str, ...]  # (R,) what is given
+    matrix: Floats  # (M, R)
+    shift: Floats  # (R,)
+    parts: tuple[tuple[tuple[int, ...], Floats], ...] = ()
+
+    def of(self, archs: Ints) -> Floats:
+        """(N, D) -> (N, R)."""
+        rows = [_row(self.space, self.known, tuple(arch)) for arch in archs.tolist()]
+        return np.array(rows, np.float64).reshape(len(archs), len(self.known)) @ self.matrix + self.shift
+
+    def expected(self, p: Any) -> Any:
+        """(..., D, K) probabilities, all of them 0 or 1 -> (..., R).
+
+        Raises UsageError on others: their expectation would run over every network's graph.
+        """
+        probs = np.asarray(p.detach().cpu() if hasattr(p, "detach") else p)
+        if not np.isin(probs, (0.0, 1.0)).all():
+            raise UsageError(f"{self.space.name} does not factor, so choices that are still open have no expectation")
+        found = self.of(probs.argmax(-1).reshape(-1, probs.shape[-2])).reshape(*probs.shape[:-2], len(self.names))
+        return p.new_tensor(found) if hasattr(p, "new_tensor") else found
+
+    def combine(self, matrix: Floats, shift: Floats) -> Whole:
+        """As ``Additive.combine``."""
+        names = ("",) * matrix.shape[1]
+        return replace(self, names=names, matrix=self.matrix @ matrix, shift=self.shift @ matrix + shift)
+
+
+@lru_cache(maxsize=8)
+def whole(space: SearchSpace) -> Whole:
+    """The figures of a space that does not factor: those that its own samples have."""
+    rng = np.random.default_rng(0)
+    names: dict[str, None] = {}
+    for _ in range(N_WHOLE):
+        names |= dict.fromkeys(_sums(space.network(space.sample(rng)), space.resolution))
+    return Whole(space, tuple(names), tuple(names), np.eye(len(names)), np.zeros(len(names)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _row(space: SearchSpace, names: tuple[str, ...], arch: Arch) -> tuple[float, ...]:
+    found = _sums(space.network(arch), space.resolution)
+    return tuple(found.get(name, 0.0) for name in names)
+
+
 # ── what of a cell is executed ───────────────────────────────────────────────
 
 
@@ -206,15 +266,20 @@ class View:
     name: str  # "all": every operation; "live": those that the output reads, nothing where it reads no input
     space: SearchSpace
 
+    @cached_property
+    def sums(self) -> Additive | Whole:
+        """The figures, without regard to what is live."""
+        return whole(self.space) if self.space.whole_figures else physical(self.space)
+
     def figures(self, archs: Archs) -> tuple[Ints, Floats]:
-        """(N, D) -> (N, D) decisions as they count and (N, M) figures, ``physical(space).names``."""
+        """(N, D) -> (N, D) decisions as they count and (N, M) figures, ``sums.names``."""
         array = check_archs(self.space, archs)
         if self.name == "all":
-            return array, physical(self.space).of(array)
+            return array, self.sums.of(array)
         cells, connected = live_cells(array)
         node = {scope: n for n, scope in NODE_SCOPES.items()}
         reads = {1: (cells[:, 2] > 0) | (cells[:, 4] > 0), 2: cells[:, 5] > 0, 3: np.ones(len(cells), bool)}
-        found = physical(self.space)
+        found = physical(self.space)  # NAS-Bench-201 factors
         live = [reads[node[scope]] for scope, _ in found.parts]
         return cells, found.of(cells, live) * connected[:, None]
 

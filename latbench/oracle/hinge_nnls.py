@@ -66,6 +66,8 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
+    """The minimiser and how close to it the iteration came."""
+
     x: Floats  # (P,) >= 0
     objective: float
     excess: float  # estimated distance to the optimum, relative: the last Newton decrement

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from latbench.oracle.base import Floats
-from latbench.oracle.features import Additive, Ints, physical
+from latbench.oracle.features import Additive, Ints, Whole
 from latbench.oracle.learned_features import GROUPS
 from latbench.oracle.learned_gp import CONSTANT, Process
 
@@ -23,7 +23,7 @@ from latbench.oracle.learned_gp import CONSTANT, Process
 class Compiled:
     """The mean of one process whose view counts every decision."""
 
-    sums: Additive  # (1 + Q) figures: the linear terms' value, ms, and the smooth features
+    sums: Additive | Whole  # (1 + Q) figures: the linear terms' value, ms, and the smooth features
     chosen: Floats  # (D, K) ms per option
     smooth: Floats  # (n, Q) the measured networks' features
     measured: Ints  # (n, D) their decisions
@@ -82,7 +82,7 @@ def compiled(process: Process) -> Compiled:
     shift = shift - (chosen * scaler.shares).sum()
     short = np.exp(-theta["smooth_length"])
     matrix = np.hstack([weight[:, None], short * scaler.smooth[0]])
-    sums = physical(process.scaler.view.space).combine(matrix, np.concatenate([[shift], short * scaler.smooth[1]]))
+    sums = process.scaler.view.sums.combine(matrix, np.concatenate([[shift], short * scaler.smooth[1]]))
     return Compiled(
         sums,
         chosen,
@@ -95,7 +95,7 @@ def compiled(process: Process) -> Compiled:
     )
 
 
-def _hub(sums: Additive) -> tuple[int, int] | None:
+def _hub(sums: Additive | Whole) -> tuple[int, int] | None:
     """The decision that most of at least 3 scopes share, if any, and its number of options."""
     sizes = {d: n for scope, values in sums.parts for d, n in zip(scope, values.shape, strict=False)}
     counts = Counter(d for scope, _ in sums.parts for d in scope)
@@ -110,4 +110,5 @@ def raised(value: Any, floor: float) -> Any:
 
 
 def exp(x: Any) -> Any:
+    """Elementwise, of numpy or torch."""
     return x.exp() if hasattr(x, "exp") else np.exp(x)

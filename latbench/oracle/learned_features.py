@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from latbench.oracle.base import Archs, Floats
-from latbench.oracle.features import Ints, View, physical
+from latbench.oracle.features import N_WHOLE, Ints, View
 from latbench.spaces.base import SearchSpace
 
 GROUPS = ("total", "kind", "level", "block", "decision")  # of linear features, the last from the decisions themselves
@@ -57,8 +57,9 @@ class Scaler:
 def scaler(space: SearchSpace, view_name: str) -> Scaler:
     """Of one view of a space; deterministic. Features that its samples share, as their stem, drop out."""
     view, rng = View(view_name, space), np.random.default_rng(0)
-    decisions, x = view.figures(np.array([space.sample(rng) for _ in range(N_REFERENCE)], np.int64))
-    names = physical(space).names
+    n = N_WHOLE if space.whole_figures else N_REFERENCE
+    decisions, x = view.figures(np.array([space.sample(rng) for _ in range(n)], np.int64))
+    names = view.sums.names
     total = {name.rpartition("/")[2]: x[:, i].mean() for i, name in enumerate(names) if name.startswith("total/")}
     unit = np.array([1 / max(total[name.rpartition("/")[2]], 1e-300) for name in names])
     centre = x.mean(axis=0)

@@ -49,6 +49,7 @@ class SearchSpace(ABC):
 
     name: ClassVar[str]
     min_resolution: ClassVar[int] = 8
+    whole_figures: ClassVar[bool] = False  # whether oracles may read the graphs of whole networks, by the thousand
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -27,6 +27,8 @@ STEM_CHANNELS, FIRST_CHANNELS, STEM_SQUEEZE, HEAD_CHANNELS = 32, 16, 8, 1280
 
 
 class Stage(NamedTuple):
+    """Blocks of one width and activation."""
+
     out_channels: int
     n_blocks: int  # at most; the first carries the stride and changes the channels, the others are residual
     stride: int

@@ -12,6 +12,7 @@ from latbench.graph.ir import Graph, Weights
 
 
 def refused(call: Callable[..., object], *args: object) -> bool:
+    """Whether the call raises UsageError."""
     try:
         call(*args)
     except UsageError:
@@ -20,6 +21,7 @@ def refused(call: Callable[..., object], *args: object) -> bool:
 
 
 def run_torch(graph: Graph, weights: Weights, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Output of the graph as a torch module; float32, any shape."""
     import torch
 
     from latbench.graph.torch import to_module
@@ -30,6 +32,7 @@ def run_torch(graph: Graph, weights: Weights, x: NDArray[np.float32]) -> NDArray
 
 
 def run_onnx(graph: Graph, weights: Weights, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Output of the graph by ONNX Runtime, one thread; float32, any shape."""
     import onnxruntime
 
     from latbench.graph.onnx import to_onnx

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from found import make_found
 
 from latbench import cli
+from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable, Provenance, Row
+from searchers.testing import roofline_table
 
 PROVENANCE = Provenance(
     device="cpu",
@@ -85,6 +88,7 @@ def test_no_line_is_wider_than_the_terminal(
     _, out, _ = show(capsys, path)
     assert max(map(len, out.splitlines())) <= columns
     assert all(row.key in out for row in ROWS)
+    assert "1.25 ms ± 0.8 %" in out  # figures are never cut
 
 
 def rows_of(out: str) -> list[dict[str, Any]]:
@@ -117,6 +121,57 @@ def test_rows_are_filtered_sorted_and_limited(capsys: pytest.CaptureFixture[str]
     assert err.startswith("Error: --sort latency: no such column; there are key, kind")
 
 
+def test_conditions_choose_rows_by_figures_with_units_and_by_texts(
+    capsys: pytest.CaptureFixture[str], path: Path
+) -> None:
+    def keys(*conditions: str) -> list[str]:
+        where = [word for condition in conditions for word in ("--where", condition)]
+        return [row["key"] for row in rows_of(show(capsys, path, "--json", *where)[1])]
+
+    assert keys("latency_ms>1") == ["aa01", "cc01"]
+    assert keys("latency_ms >= 1500us", "kind=block") == ["aa01"]
+    assert keys("latency_ms<0") == ["aa02"]
+    assert keys("kind!=block", "key~01") == ["cc01", "aa01"]
+    assert keys("error~no answer") == ["bb01"]
+    for condition, words in (
+        ("latency>1", "no such column"),
+        ("latency_ms", "write COLUMN, one of"),
+        ("macs>many", "'many' is no number"),
+        ("kind>block", "holds texts"),
+        ("latency_ms>1parsec", "is no duration"),
+    ):
+        status, out, err = show(capsys, path, "--where", condition)
+        assert (status, out) == (1, "")
+        assert words in err
+    assert "no row meets" in show(capsys, path, "--where", "latency_ms>1s")[1]
+
+
+def test_reverse_turns_the_order(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    _, out, _ = show(capsys, path, "--json", "--sort", "latency_ms", "--reverse", "--where", "status=ok")
+    assert [row["latency_ms"] for row in rows_of(out)] == [-0.001, 0.5, 1.5, 20.0]
+    assert "give that too" in show(capsys, path, "--reverse")[2]
+
+
+def test_cite_is_one_sentence_that_names_the_conditions(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    status, out, _ = show(capsys, path, "--cite")
+    assert status == 0
+    assert out.count("\n") == 1
+    for words in ("2 blocks", "Xeon", "onnxruntime 1.20.0", "batch 1", "float32", "224 px", "1 thread", "0.8%"):
+        assert words in out, words
+    assert json.loads(show(capsys, path, "--cite", "--json")[1])["citation"] == out.strip()
+
+
+def test_the_folder_of_a_search_says_what_was_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    space = MobileNetV1Space(resolution=32, levels=2, num_classes=10)
+    found_folder = make_found(tmp_path / "run", roofline_table(space))
+    status, out, _ = show(capsys, found_folder)
+    assert status == 0
+    for words in ("made_up on digits, seed 0", "mobilenet_v1", "target 100 µs", "score      0.75", "3 epochs"):
+        assert words in out, words
+    assert json.loads(show(capsys, found_folder, "--json")[1])["searcher"] == "made_up"
+    assert "has no rows to choose from" in show(capsys, found_folder, "--sort", "macs")[2]
+
+
 def test_a_prefix_of_one_key_shows_its_columns(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     _, out, _ = show(capsys, path, "bb")
     assert "[bold]no answer[/]" in out
@@ -130,7 +185,7 @@ def test_a_key_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str],
     status, out, err = show(capsys, path, "dd")
     assert (status, out) == (1, "")
     assert err == f"Error: no entry for dd on Xeon; to measure it, run: {PROVENANCE.command}\n"
-    assert "not with the --kind and --status given" in show(capsys, path, "cc", "--kind", "stub")[2]
+    assert "not with the --kind, --status and --where given" in show(capsys, path, "cc", "--kind", "stub")[2]
 
 
 def test_command_measures_the_row_or_the_table_again(capsys: pytest.CaptureFixture[str], path: Path) -> None:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.errors import TableError, UsageError
+from latbench.report.style import (
+    BLUE,
+    GUIDE,
+    INK,
+    MANY,
+    QUIET,
+    SKY,
+    VERMILION,
+    open_figure,
+    open_frame,
+    save_figure,
+    settle,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,10 +30,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_INSIDE, _OUTSIDE, _BAND = "#0072B2", "#D55E00", "#56B4E9"  # of Okabe & Ito's palette
-_INK, _GREY, _GUIDE = "#222222", "#555555", "#8C8C8C"
-_SUFFIXES = (".png", ".svg", ".pdf")
-_MANY = 1000  # points beyond which a vector file holds them as pixels
 _TAIL = 0.995  # share of residuals that the axis of residuals must hold; the rest is drawn at its edge
 
 
@@ -34,19 +42,8 @@ def plot_predictions(
     Raises UsageError on another suffix or where matplotlib is missing, TableError where the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"cannot draw into {path}: its name must end in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'latbench[report]'") from None
-    figure = Figure(figsize=(10, 8))
-    FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
-    figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.06)
+    figure = open_figure(path, (10, 8), title)
     grid = figure.add_gridspec(2, 2, width_ratios=(4.2, 1), height_ratios=(1.25, 1))
-    head = figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
-    head.set_parse_math(False)  # a device's name may hold a $
     above = figure.add_subplot(grid[0, 0])
     below = figure.add_subplot(grid[1, 0], sharex=above)
     side = figure.add_subplot(grid[1, 1], sharey=below)
@@ -54,37 +51,33 @@ def plot_predictions(
     _draw_residuals(below, found, truth)
     _draw_histogram(side, found)
     _write_figures(figure.add_subplot(grid[0, 1]), found.validation())
-    figure.draw_without_rendering()  # settles the layout
-    figure.text(0.012, 0.948, subtitle, ha="left", va="top", fontsize=9.5, color=_GREY, parse_math=False)
-    try:
-        figure.savefig(path, dpi=100 if path.suffix.lower() == ".png" else 200)
-    except OSError as error:
-        raise TableError(f"cannot write the picture {path}: {error.strerror or error}") from None
+    settle(figure, subtitle)
+    save_figure(figure, path)
 
 
 def _draw_predictions(ax: Axes, found: Predictions) -> None:
     span = _span(found)
     scale = "log" if span[1] > 20 * span[0] else "linear"
     ax.set(xscale=scale, yscale=scale, xlim=span, ylim=span, ylabel="predicted, ms")
-    ax.plot(span, span, color=_GUIDE, linewidth=1, zorder=2)
+    ax.plot(span, span, color=GUIDE, linewidth=1, zorder=2)
     _draw_band(ax, found, lambda measured, edge: measured * (1 + edge))
     _scatter(ax, found, found.predicted)
     ax.tick_params(labelbottom=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
     if found.interval is not None:
         ax.legend(loc="upper left", fontsize=9, frameon=False)
 
 
 def _draw_residuals(ax: Axes, found: Predictions, truth: str) -> None:
     reach = _reach(found)
-    ax.axhline(0, color=_GUIDE, linewidth=1, zorder=2)
+    ax.axhline(0, color=GUIDE, linewidth=1, zorder=2)
     _draw_band(ax, found, lambda measured, edge: 100 * edge + 0 * measured)
     _scatter(ax, found, np.clip(100 * found.relative, -reach, reach))
     beyond = int((np.abs(100 * found.relative) > reach).sum())
     if beyond:
-        ax.set_title(f"{beyond} further off, drawn at the edge", loc="right", fontsize=9, color=_GREY)
+        ax.set_title(f"{beyond} further off, drawn at the edge", loc="right", fontsize=9, color=QUIET)
     ax.set(ylim=(-1.05 * reach, 1.05 * reach), xlabel=f"{truth}, ms", ylabel=f"predicted / {truth} - 1, %")
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
 
 
 def _draw_histogram(ax: Axes, found: Predictions) -> None:
@@ -94,14 +87,14 @@ def _draw_histogram(ax: Axes, found: Predictions) -> None:
     n_bins = int(np.clip(2 * np.sqrt(len(found.measured)), 9, 41)) | 1  # odd: one bin is about 0
     percent = np.clip(100 * found.relative, -reach, reach)
     bins = list(np.linspace(-reach, reach, n_bins + 1))
-    ax.hist(percent, bins=bins, orientation="horizontal", color=_BAND, edgecolor="white", linewidth=0.4)
-    ax.axhline(0, color=_GUIDE, linewidth=1, zorder=2)
-    ax.axhline(100 * float(found.relative.mean()), color=_INK, linewidth=1.1, linestyle="--", label="bias", zorder=3)
+    ax.hist(percent, bins=bins, orientation="horizontal", color=SKY, edgecolor="white", linewidth=0.4)
+    ax.axhline(0, color=GUIDE, linewidth=1, zorder=2)
+    ax.axhline(100 * float(found.relative.mean()), color=INK, linewidth=1.1, linestyle="--", label="bias", zorder=3)
     ax.legend(loc="upper right", fontsize=9, frameon=False)
     ax.set(xlabel="networks")
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.tick_params(labelleft=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
 
 
 def _write_figures(ax: Axes, figures: Validation) -> None:
@@ -117,8 +110,8 @@ def _write_figures(ax: Axes, figures: Validation) -> None:
         lines += [("holds", f"{figures.coverage:.1%}"), ("half-width", f"{figures.half_width:.2%}")]
     for i, (name, text) in enumerate(lines):
         y = 0.98 - 0.082 * i
-        ax.text(0, y, name, transform=ax.transAxes, va="top", fontsize=9.5, color=_GREY)
-        ax.text(1, y, text, transform=ax.transAxes, va="top", ha="right", fontsize=9.5, color=_INK)
+        ax.text(0, y, name, transform=ax.transAxes, va="top", fontsize=9.5, color=QUIET)
+        ax.text(1, y, text, transform=ax.transAxes, va="top", ha="right", fontsize=9.5, color=INK)
 
 
 def _scatter(ax: Axes, found: Predictions, y: Floats) -> None:
@@ -127,11 +120,11 @@ def _scatter(ax: Axes, found: Predictions, y: Floats) -> None:
     inside = np.ones(len(y), bool)
     if found.interval is not None:
         inside = (found.interval[0] <= found.measured) & (found.measured <= found.interval[1])
-    for mask, colour, marker, words in ((inside, _INSIDE, "o", "inside it"), (~inside, _OUTSIDE, "D", "outside")):
+    for mask, colour, marker, words in ((inside, BLUE, "o", "inside it"), (~inside, VERMILION, "D", "outside")):
         if mask.any():
             ax.scatter(
                 found.measured[mask], y[mask], s=size, c=colour, marker=marker, alpha=0.8, linewidths=0, zorder=4,
-                rasterized=len(y) > _MANY, label=f"{mask.sum()} networks {words}",
+                rasterized=len(y) > MANY, label=f"{mask.sum()} networks {words}",
             )  # fmt: skip
 
 
@@ -146,7 +139,7 @@ def _draw_band(ax: Axes, found: Predictions, place: Callable[[Floats, Floats], F
     order = np.argsort(found.measured)
     x, (low, high) = found.measured[order], (place(found.measured, edge)[order] for edge in edges)
     label = f"{100 * found.confidence:g} % interval"
-    ax.fill_between(x, low, high, color=_BAND, alpha=0.3, linewidth=0, zorder=1, label=label)
+    ax.fill_between(x, low, high, color=SKY, alpha=0.3, linewidth=0, zorder=1, label=label)
 
 
 def _edges(found: Predictions) -> tuple[Floats, Floats] | None:

@@ -10,19 +10,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from latbench.errors import TableError, UsageError
-from latbench.provenance import Provenance
+from latbench.report.style import COLOURS, GUIDE, INK, MANY, OTHER, QUIET, open_figure, open_frame, save_figure, settle
+from latbench.report.words import conditions, headline, measured_rows, noise
 from latbench.tables import LatencyTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-
-# Okabe & Ito's palette, distinct under every common colour blindness; its yellow is too light for points on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
-_OTHER, _INK, _GUIDE = "#999999", "#222222", "#B8B8B8"
-_SUFFIXES = (".png", ".svg", ".pdf")
-_MANY = 1000  # points beyond which a vector file holds them as pixels
 
 
 def plot_table(table: LatencyTable, path: Path | str, *, title: str | None = None) -> None:
@@ -31,74 +25,16 @@ def plot_table(table: LatencyTable, path: Path | str, *, title: str | None = Non
     Raises UsageError on another suffix or where matplotlib is missing, TableError where the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"cannot draw into {path}: its name must end in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("pictures need matplotlib: pip install 'latbench[report]'") from None
-    figure = Figure(figsize=(12, 7))
-    FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.09)
+    figure = open_figure(path, (12, 7), title or headline(table))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1))
-    head = figure.suptitle(
-        f"{title or _headline(table)}\n", x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK
-    )
-    head.set_parse_math(False)  # a device's name may hold a $
-    rows = _measured(table.frame)
+    rows = measured_rows(table.frame)
     left = figure.add_subplot(grid[:, 0])
     _draw_latencies(left, table, rows)
     _draw_noise(figure.add_subplot(grid[0, 1]), rows)
     _draw_sums(figure.add_subplot(grid[1, 1]), table.notes.get("additivity"), rows)
-    figure.draw_without_rendering()  # settles the layout, which the next two depend on
-    figure.text(
-        0.012, 0.945, conditions(table.provenance), ha="left", va="top", fontsize=9.5, color="#555555", parse_math=False
-    )
+    settle(figure, conditions(table.provenance))
     _turn_guides(left)
-    try:
-        figure.savefig(path, dpi=100 if path.suffix.lower() == ".png" else 200)
-    except OSError as error:
-        raise TableError(f"cannot write the picture {path}: {error.strerror or error}") from None
-
-
-def conditions(provenance: Provenance) -> str:
-    """Under what the rows were made, in words: back-end and version, threads, batch, resolution, dtype, date."""
-    p = provenance
-    stated = {**p.environment, **p.settings, **p.options, **p.policy}
-    words: dict[str, Callable[[Any], str]] = {
-        "threads": lambda n: f"{n} thread" if n == 1 else f"{n} threads",
-        "batch": lambda n: f"batch {n}",
-        "resolution": lambda n: f"{n} px",
-        "dtype": str,
-        "context": lambda c: "sandwich and isolated" if c == "both" else str(c),
-    }
-    parts = [f"{p.backend} {p.versions.get(p.backend, '')}".strip()]
-    parts += [word(stated[name]) for name, word in words.items() if stated.get(name) is not None]
-    return ", ".join(filter(None, [*parts, (p.finished_at or p.started_at)[:10]]))
-
-
-def noise(frame: pd.DataFrame) -> NDArray[np.float64]:
-    """Half the interval over the magnitude of the latency, of the ok rows that have both; (M,), as fractions."""
-    rows = _measured(frame)
-    half = (rows["ci_high_ms"] - rows["ci_low_ms"]) / 2
-    values = (half / rows["ms"].abs().where(rows["ms"] != 0)).dropna()
-    return np.asarray(values, np.float64)
-
-
-def _headline(table: LatencyTable) -> str:
-    p = table.provenance
-    simulated = bool(len(table)) and bool((table.frame["origin"] == "simulated").all())
-    return f"{p.space or 'latencies'} on {p.device_name}" + (" (simulated)" if simulated else "")
-
-
-def _measured(frame: pd.DataFrame) -> pd.DataFrame:
-    """The ok rows, with `ms` at the reference clock where there is one."""
-    rows: pd.DataFrame = frame[frame["status"] == "ok"]
-    with_ms: pd.DataFrame = rows.assign(
-        ms=rows["latency_ref_ms"].astype(float).fillna(rows["latency_ms"].astype(float))
-    )
-    return with_ms
+    save_figure(figure, path)
 
 
 def _draw_latencies(ax: Axes, table: LatencyTable, rows: pd.DataFrame) -> None:
@@ -115,7 +51,7 @@ def _draw_latencies(ax: Axes, table: LatencyTable, rows: pd.DataFrame) -> None:
     ax.set(xlabel="multiply-accumulates per inference", ylabel="latency, ms")
     _draw_guides(ax, positive)
     for label, colour, marker, size, group in _groups(drawn):
-        pixels = len(drawn) > _MANY
+        pixels = len(drawn) > MANY
         shown = group[group["ms"] > 0]
         low = shown["ci_low_ms"].astype(float).fillna(shown["ms"]).clip(lower=y_lim[0])  # to the edge, where it holds 0
         high = shown["ci_high_ms"].astype(float).fillna(shown["ms"])
@@ -135,7 +71,7 @@ def _draw_latencies(ax: Axes, table: LatencyTable, rows: pd.DataFrame) -> None:
     legend = ax.legend(loc="upper left", fontsize=9, framealpha=0.92, edgecolor="none", borderpad=0.5)
     for handle in legend.legend_handles:
         handle.set(sizes=[30], alpha=1)  # type: ignore[union-attr]
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
 
 
 def _label_decades(axis: Axis, limits: tuple[float, float], form: Callable[[float, int], str] | None = None) -> None:
@@ -157,13 +93,13 @@ def _groups(rows: pd.DataFrame) -> list[tuple[str, str, str, float, pd.DataFrame
     if blocks["context"].nunique() > 1:
         types = types.where(blocks["context"] == "sandwich", types + ", isolated")
     names = list(types.value_counts().index)
-    kept = names if len(names) <= len(_COLOURS) else names[: len(_COLOURS) - 1]
+    kept = names if len(names) <= len(COLOURS) else names[: len(COLOURS) - 1]
     size = float(np.clip(9000 / max(len(blocks), 1), 5, 34))
-    groups = [(str(n), c, "o", size, blocks[types == n]) for n, c in zip(kept, _COLOURS, strict=False)]
+    groups = [(str(n), c, "o", size, blocks[types == n]) for n, c in zip(kept, COLOURS, strict=False)]
     if len(kept) < len(names):
-        groups.append((f"{len(names) - len(kept)} other types", _OTHER, "o", size, blocks[~types.isin(kept)]))
+        groups.append((f"{len(names) - len(kept)} other types", OTHER, "o", size, blocks[~types.isin(kept)]))
     if len(networks):
-        groups.append(("whole networks", _INK, "D", max(size, 26.0), networks))
+        groups.append(("whole networks", INK, "D", max(size, 26.0), networks))
     return groups
 
 
@@ -183,7 +119,7 @@ def _draw_guides(ax: Axes, rows: pd.DataFrame) -> None:
     for exponent in decades[::step]:
         rate = 10.0**exponent
         ax.plot(
-            (x0, x1), (x0 / rate / 1e6, x1 / rate / 1e6), color=_GUIDE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1
+            (x0, x1), (x0 / rate / 1e6, x1 / rate / 1e6), color=GUIDE, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1
         )
         end = min(np.log10(x1), np.log10(y1 * rate * 1e6)) - 0.01 * np.log10(x1 / x0)
         if end <= np.log10(x0) + 0.3 * np.log10(x1 / x0):
@@ -213,7 +149,7 @@ def _note_counts(ax: Axes, table: LatencyTable, rows: pd.DataFrame, drawn: pd.Da
     parts += [f"▽ {n_flat} increments at or below 0"] if n_flat else []
     parts += [f"{n_bare} without MACs, not drawn"] if n_bare else []
     parts += [f"{n_failed} of {len(table)} rows failed"] if n_failed else []
-    ax.set_title("   ".join(parts), loc="left", fontsize=9, color="#555555")
+    ax.set_title("   ".join(parts), loc="left", fontsize=9, color=QUIET)
 
 
 def _draw_noise(ax: Axes, rows: pd.DataFrame) -> None:
@@ -230,15 +166,15 @@ def _draw_shares(ax: Axes, shares: NDArray[np.float64], label: str, none: str) -
         return
     low, high = _limits(pd.Series(percent))
     middle, most = float(np.median(percent)), float(np.quantile(percent, 0.95))
-    ax.hist(percent, bins=list(np.geomspace(low, high, 41)), color=_COLOURS[4], edgecolor="white", linewidth=0.4)
-    ax.axvline(middle, 0, 0.78, color=_INK, linewidth=1.1, label=f"median {middle:.2g} %")
-    ax.axvline(most, 0, 0.78, color=_INK, linewidth=1.1, linestyle="--", label=f"95th percentile {most:.2g} %")
+    ax.hist(percent, bins=list(np.geomspace(low, high, 41)), color=COLOURS[4], edgecolor="white", linewidth=0.4)
+    ax.axvline(middle, 0, 0.78, color=INK, linewidth=1.1, label=f"median {middle:.2g} %")
+    ax.axvline(most, 0, 0.78, color=INK, linewidth=1.1, linestyle="--", label=f"95th percentile {most:.2g} %")
     ax.set(xscale="log", xlim=(low, high), xlabel=label, ylabel="rows", ylim=(0, 1.3 * ax.get_ylim()[1]))
     bars_lie_right = middle * most > low * high
     ax.legend(loc="upper left" if bars_lie_right else "upper right", fontsize=9, frameon=False)
     _label_decades(ax.xaxis, (low, high))
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
 
 
 def _draw_sums(ax: Axes, additivity: Mapping[str, Any] | None, rows: pd.DataFrame) -> None:
@@ -257,8 +193,8 @@ def _draw_additivity(ax: Axes, additivity: Mapping[str, Any]) -> None:
     low, high = float(min(measured.min(), predicted.min())), float(max(measured.max(), predicted.max()))
     pad = 0.06 * (high - low) or 0.1 * high
     span = (low - pad, high + pad)
-    ax.plot(span, span, color=_GUIDE, linewidth=1, zorder=1)
-    ax.scatter(measured, predicted, s=18, c=_COLOURS[0], alpha=0.8, linewidths=0, rasterized=len(measured) > _MANY)
+    ax.plot(span, span, color=GUIDE, linewidth=1, zorder=1)
+    ax.scatter(measured, predicted, s=18, c=COLOURS[0], alpha=0.8, linewidths=0, rasterized=len(measured) > MANY)
     ax.set(xlim=span, ylim=span, xlabel="network measured, ms", ylabel="sum of its blocks, ms")
     named: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("mape", "mean error", lambda v: f"{100 * v:.2g} %"),
@@ -267,8 +203,8 @@ def _draw_additivity(ax: Axes, additivity: Mapping[str, Any]) -> None:
     )
     lines = [f"{len(measured)} networks"]
     lines += [f"{name} {form(additivity[key])}" for key, name, form in named if additivity.get(key) is not None]
-    ax.text(0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9, color=_INK, linespacing=1.35)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.text(0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9, color=INK, linespacing=1.35)
+    open_frame(ax)
 
 
 def _draw_sites(ax: Axes, rows: pd.DataFrame) -> None:
@@ -279,12 +215,12 @@ def _draw_sites(ax: Axes, rows: pd.DataFrame) -> None:
         return
     by_site = blocks.groupby("site", sort=False)["ms"].agg(["min", "median", "max"])
     at = np.arange(len(by_site))
-    ax.vlines(at, by_site["min"], by_site["max"], colors=_COLOURS[4], linewidth=2)
-    ax.plot(at, by_site["median"], "o", color=_COLOURS[0], markersize=4)
+    ax.vlines(at, by_site["min"], by_site["max"], colors=COLOURS[4], linewidth=2)
+    ax.plot(at, by_site["median"], "o", color=COLOURS[0], markersize=4)
     every = -(-len(at) // 12)
     ax.set_xticks(at[::every], [str(name) for name in by_site.index[::every]], rotation=45, ha="right", fontsize=8)
     ax.set(xlabel="site", ylabel="its blocks: range and median, ms")
-    ax.spines[["top", "right"]].set_visible(False)
+    open_frame(ax)
 
 
 def _say(ax: Axes, text: str) -> None:

@@ -1,0 +1,352 @@
+"""Search on NAS-Bench-201 with real accuracies and latencies: slow-fast learning and Q-learning beside random search.
+
+    python benchmarks/nb201_search.py --data DIR [--latency 1 256] [--seeds 20] [--out bench_results/nb201_search]
+
+DIR holds nb201_search.parquet: accuracies (CIFAR-100, 200 epochs, test) of all 15,625 cells and their latencies on a
+GTX 1080 Ti at batch 1 and 256, imported as tables. A search may look up LOOKUPS accuracies, and asks an oracle for
+latencies as often as it likes: the truth, or a model learned from MEASURED random cells, held to the upper end of its
+90 % intervals. Limits are percentiles of the latencies of all distinct networks. Networks are canonical spellings,
+edges that do not reach the output set to none: a class of equal graphs is one network, one look-up, one accuracy and
+one latency, its canonical spelling's (12,205 of 15,625; isomorphic graphs and edges from nodes without input stay
+apart).
+
+Searches (``SEARCHES``), each one fixed choice for all limits, made on CIFAR-10's accuracies (--tune):
+
+* random: distinct networks, uniform among those that keep the limit.
+* relativenas: ``slow_fast.explore`` over the six edges, one vector component each; a population that has had its
+  generations is followed by a new one until the look-ups are spent.
+* irlas: ``qlearning.Learner`` over the six edges, one step each, with the latency filter and without topology guidance,
+  for which this space has no expert; the exploration rate follows the share of look-ups spent. irlas+hopeful: a value
+  is the best reward that ever followed, which is Q-learning in a world without chance (Lauer, Riedmiller, ICML 2000).
+
+The answer is the best network looked up. Regret: the best accuracy of any network that keeps the limit in truth, minus
+the answer's, in points; it can be negative where an answer breaks the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from latbench.importers import arrays
+from latbench.importers.base import Source
+from latbench.oracle.base import Constraint
+from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.learned import LearnedOracle
+from latbench.spaces.base import Arch
+from latbench.spaces.nasbench201 import NASBench201Space
+from latbench.tables import LatencyTable
+from searchers.accuracy_table import AccuracyTable
+from searchers.base import TOLERANCE, Problem
+from searchers.evaluators import BudgetSpentError, Lookups
+from searchers.qlearning import SCHEDULE, Learner, Process, Rates, Trajectory, epsilons
+from searchers.random_search import draw
+from searchers.slow_fast import explore, violations
+
+LOOKUPS, MEASURED = 300, 50
+PERCENTILES = (20, 50, 80)
+CONFIDENCE = 0.95  # of a limit: the upper end of a 90 % interval
+SHAPE = (5,) * 6
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+# ---- what is known of the cells -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Accuracies and latencies of every cell. An architecture's index is its row in ``archs``."""
+
+    space: NASBench201Space
+    table: LatencyTable  # of whole networks
+    accuracy: AccuracyTable
+
+    @classmethod
+    def read(cls, path: Path, accuracy: str, batch: int) -> Cells:
+        """The published figures of one accuracy and one batch size. Raises TableError."""
+        source = Source(path, device="gtx_1080_ti", device_name="GTX 1080 Ti", framework="pytorch")
+        settings = {"batch": batch, "num_classes": 100}
+        table = arrays.read(source, NASBench201Space.name, settings, f"latency_ms_1080ti_{batch}", "ms")
+        space = NASBench201Space.from_settings(settings)
+        return cls(space, table, AccuracyTable.read(path, space, accuracy, "percent"))
+
+    @cached_property
+    def archs(self) -> Ints:
+        """(15625, 6)."""
+        return np.stack(np.unravel_index(np.arange(self.space.size), SHAPE), axis=1).astype(np.int64)
+
+    @cached_property
+    def network(self) -> Ints:
+        """(15625,) index of each architecture's canonical spelling."""
+        canonical = [self.space.canonical(tuple(arch)) for arch in self.archs.tolist()]
+        return np.ravel_multi_index(np.array(canonical).T, SHAPE).astype(np.int64)
+
+    @cached_property
+    def accuracies(self) -> Floats:
+        """(15625,) of every spelling's network."""
+        found = np.array([self.accuracy.evaluate(tuple(arch)) for arch in self.archs[self.networks].tolist()])
+        return found[np.searchsorted(self.networks, self.network)]
+
+    @cached_property
+    def networks(self) -> Ints:
+        """Indices of the canonical spellings."""
+        return np.flatnonzero(self.network == np.arange(len(self.network)))
+
+    @cached_property
+    def latency_ms(self) -> Floats:
+        """(15625,) of every spelling's network."""
+        archs, ms = self.table.networks()
+        found = np.full(len(self.archs), np.nan)
+        found[np.ravel_multi_index(archs.T, SHAPE)] = ms
+        return found[self.network]
+
+    def oracle(self, values: Floats) -> FactorOracle:
+        """(15625,) figures as an oracle."""
+        return FactorOracle(
+            self.space, (Factor("network", tuple(range(6)), values.reshape(SHAPE)),), self.table.provenance
+        )
+
+    def learned_bounds(self, seed: int) -> Floats:
+        """(15625,) ms: what each network takes at most, with CONFIDENCE, after MEASURED random ones were measured.
+
+        The rows' order in the file is no order of measuring, so no drift is looked for.
+        """
+        chosen = np.random.default_rng((seed, MEASURED)).choice(self.networks, MEASURED, replace=False)
+        rows = np.ravel_multi_index(self.table.networks()[0].T, SHAPE)
+        measured = self.table.take(np.flatnonzero(np.isin(rows, chosen)))
+        oracle = LearnedOracle.fit(measured, drift=False)
+        found = np.zeros(len(self.archs))
+        found[self.networks] = Constraint(oracle, 1.0, CONFIDENCE).bounds(self.archs[self.networks])
+        return found[self.network]
+
+
+# ---- searches -------------------------------------------------------------------------------------------------------
+
+Search = Callable[[Lookups, Constraint, int], None]  # asks until it is done or BudgetSpentError ends it; seed
+
+
+def random_search(lookups: Lookups, constraint: Constraint, seed: int) -> None:
+    """The baseline."""
+    problem = Problem((constraint,), "digits", Path("unused"), seed)
+    for arch in draw(problem, LOOKUPS, np.random.default_rng(seed)).archs:
+        lookups.evaluate(arch)
+
+
+@dataclass(frozen=True)
+class SlowFast:
+    """RelativeNAS' populations, one after the other. The paper: one of 20 vectors, 50 generations."""
+
+    size: int
+    generations: int = 50
+    populations: int = 50
+
+    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
+        for i in range(self.populations):
+            explore(
+                lookups.space,
+                lambda arch: -lookups.evaluate(arch),
+                (constraint,),
+                size=self.size,
+                generations=self.generations,
+                seed=1000 * seed + i,
+            )
+
+
+class Hopeful(Learner):
+    """Values never fall: each is the best reward of any trajectory that took its action there."""
+
+    def update(self, trajectory: Trajectory, reward: float) -> None:
+        """Raises the trajectory's values to `reward`."""
+        for step, action in enumerate(trajectory):
+            row = self.tables[step][trajectory[step - 1] if step else 0]
+            row[action] = max(row[action], reward)
+
+
+@dataclass(frozen=True)
+class QLearning:
+    """IRLAS' learner with the latency filter. The paper: alpha 0.01, 64 samples, 64 replays, BlockQNN's schedule."""
+
+    alpha: float = 0.1
+    samples: int = 8
+    replays: int = 256
+    schedule: str = SCHEDULE
+    hopeful: bool = False
+    iterations: int = 2000  # where the look-ups are not spent before
+
+    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
+        kind = Hopeful if self.hopeful else Learner
+        rates = Rates(self.alpha, 1.0, 0.0 if self.hopeful else 0.5, self.samples, self.replays)
+        learner = kind(Process.of(lookups.space), rates, seed=seed)
+        exploration = epsilons(self.schedule, LOOKUPS + 1)
+
+        def rewards(new: Sequence[Trajectory]) -> list[float]:
+            kept = violations((constraint,), np.array(new, np.int64)) <= TOLERANCE
+            found = [lookups.evaluate(arch) if keeps else 0.0 for arch, keeps in zip(new, kept, strict=True)]
+            if self.hopeful:  # a new one at once, so that none waits for the memory's dice
+                for trajectory, reward in zip(new, found, strict=True):
+                    learner.update(trajectory, reward)
+            return found
+
+        for i in range(self.iterations):
+            learner.iterate(i, exploration[lookups.spent], rewards)
+
+
+FALLING = "0.5:1,0.45:1,0.4:1,0.35:1,0.3:1,0.25:1,0.2:1,0.15:1,0.1:1"
+PAPER = QLearning(alpha=0.01, samples=64, replays=64)
+SEARCHES: dict[str, Search] = {
+    "random": random_search,
+    "relativenas": SlowFast(12),
+    "irlas": PAPER,
+    "irlas+hopeful": QLearning(replays=0, schedule=FALLING, hopeful=True),
+}
+CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ratio to random search over the limits
+    "random": random_search,
+    **{f"relativenas {n}": SlowFast(n) for n in (6, 8, 10, 12, 14, 20, 30)},
+    "irlas, the paper's": PAPER,
+    **{f"irlas alpha {a} replays {n}": QLearning(a, replays=n) for a in (0.05, 0.1, 0.3) for n in (64, 256)},
+    **{
+        f"irlas+hopeful {name}": QLearning(replays=0, schedule=text, hopeful=True)
+        for name, text in {"0.5 to 0.1": FALLING, "BlockQNN": SCHEDULE, "0.2": "0.2:1", "0.3": "0.3:1"}.items()
+    },
+}
+
+
+# ---- the study ------------------------------------------------------------------------------------------------------
+
+
+def run(cells: Cells, search: Search, constraint: Constraint, limit_ms: float, seed: int) -> dict[str, object]:
+    """One search's answer, judged by the truth."""
+    lookups = Lookups(cells.accuracy, cells.space, budget=LOOKUPS)
+    with contextlib.suppress(BudgetSpentError):
+        search(lookups, constraint, seed)
+    kept = cells.networks[cells.latency_ms[cells.networks] <= limit_ms * (1 + TOLERANCE)]
+    best = float(cells.accuracies[kept].max())
+    arch, accuracy = lookups.best(known(lookups, constraint))
+    latency_ms = float(cells.latency_ms[np.ravel_multi_index(arch, SHAPE)])
+    return {
+        "seed": seed,
+        "arch": cells.space.format_arch(arch),
+        "accuracy_percent": 100 * accuracy,
+        "latency_ms": latency_ms,
+        "limit_ms": limit_ms,
+        "over_percent": 100 * (latency_ms / limit_ms - 1),
+        "regret": 100 * (best - accuracy),
+        "lookups": lookups.spent,
+    }
+
+
+def known(lookups: Lookups, constraint: Constraint) -> list[Arch]:
+    """What was looked up and keeps the limit as the oracle has it."""
+    archs = list(lookups.values)
+    kept = violations((constraint,), np.array(archs, np.int64)) <= TOLERANCE
+    return [arch for arch, keeps in zip(archs, kept, strict=True) if keeps]
+
+
+def study(
+    cells: Cells, batch: int, searches: dict[str, Search], seeds: Sequence[int], learned: bool
+) -> Iterator[dict[str, object]]:
+    """One line per limit, seed and search."""
+    for seed in seeds:
+        bounds = cells.learned_bounds(seed) if learned else cells.latency_ms
+        oracle = cells.oracle(bounds)
+        for percentile in PERCENTILES:
+            limit_ms = float(np.percentile(cells.latency_ms[cells.networks], percentile))
+            about = {"batch": batch, "oracle": "learned" if learned else "true", "percentile": percentile}
+            for name, search in searches.items():
+                yield {**about, "search": name, **run(cells, search, Constraint(oracle, limit_ms), limit_ms, seed)}
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Per limit and search: shares and the quartiles of the regret, which beside random search's median."""
+    groups = table.groupby(["batch", "oracle", "percentile", "search"], sort=False)
+    found = groups["regret"].quantile([0.25, 0.5, 0.75]).unstack()
+    found.columns = ["q1", "median", "q3"]
+    random = found.xs("random", level="search")["median"]
+    found["of random"] = found["median"] / random.reindex(found.index.droplevel("search")).to_numpy()
+    found["feasible %"] = 100 * groups["over_percent"].apply(lambda over: (over <= 100 * TOLERANCE).mean())
+    found["> 5 % over, %"] = 100 * groups["over_percent"].apply(lambda over: (over > 5).mean())
+    found["over, max %"] = groups["over_percent"].max()
+    found["look-ups"] = groups["lookups"].mean()
+    found.insert(0, "limit ms", groups["limit_ms"].first())
+    return found
+
+
+def draw_picture(table: pd.DataFrame, path: Path) -> None:
+    """Regrets as boxes, a panel per batch and oracle."""
+    from matplotlib.figure import Figure
+
+    panels = list(table.groupby(["batch", "oracle"], sort=False))
+    names = list(dict.fromkeys(table["search"]))
+    figure = Figure(figsize=(11, 3.2 * ((len(panels) + 1) // 2)), layout="constrained")
+    axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).ravel()
+    for axis, ((batch, oracle), part) in zip(axes, panels, strict=False):
+        for i, name in enumerate(names):
+            regrets = [part[(part["search"] == name) & (part["percentile"] == p)]["regret"] for p in PERCENTILES]
+            places = np.arange(len(PERCENTILES)) + (i - (len(names) - 1) / 2) * 0.16
+            axis.boxplot(
+                regrets,
+                positions=places,
+                widths=0.13,
+                whis=(0, 100),
+                patch_artist=True,
+                boxprops={"facecolor": f"C{i}", "alpha": 0.5},
+                medianprops={"color": "black"},
+            )
+            axis.plot([], [], color=f"C{i}", linewidth=6, alpha=0.5, label=name)
+        limits = [part[part["percentile"] == p]["limit_ms"].iloc[0] for p in PERCENTILES]
+        texts = [f"{p}th percentile\n{ms:.2f} ms" for p, ms in zip(PERCENTILES, limits, strict=True)]
+        axis.set_xticks(np.arange(len(PERCENTILES)), texts)
+        told = "true latencies" if oracle == "true" else f"oracle learned from {MEASURED} cells, 90 % margin"
+        axis.set_title(f"GTX 1080 Ti, batch {batch}: {told}", fontsize="medium")
+        axis.set_ylabel("regret, points of accuracy")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256], choices=[1, 256])
+    parser.add_argument("--oracle", nargs="+", default=["true", "learned"], choices=["true", "learned"])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--tune", action="store_true", help="CHOICES on CIFAR-10, with other seeds and true latencies")
+    parser.add_argument("--out", type=Path, help="PREFIX of the figures: PREFIX.parquet, PREFIX.png")
+    options = parser.parse_args()
+
+    accuracy, searches, seeds = "c100_test_200ep", SEARCHES, range(options.seeds)
+    if options.tune:
+        accuracy, searches, seeds = "c10_test_200ep", CHOICES, range(100, 100 + options.seeds)
+        options.oracle = ["true"]
+    lines: list[dict[str, object]] = []
+    for batch in options.batch:
+        cells = Cells.read(options.data / "nb201_search.parquet", accuracy, batch)
+        for oracle in options.oracle:
+            lines += study(cells, batch, searches, seeds, oracle == "learned")
+    table = pd.DataFrame(lines)
+    found = summary(table)
+    print("$ python", " ".join(sys.argv))
+    print(found.to_string(float_format="{:.3f}".format))
+    beside = found["of random"].groupby(["oracle", "search"], sort=False).agg(["mean", "max"])
+    print(
+        "\nmedian regret beside random search's, over the limits:",
+        beside.to_string(float_format="{:.2f}".format),
+        sep="\n",
+    )
+    if options.out:
+        table.to_parquet(options.out.with_suffix(".parquet"), index=False)
+        draw_picture(table, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""What a candidate is worth: training from scratch, a published table, or a proxy that trains nothing.
+
+A searcher asks an ``Evaluator`` and need not know which; ``Lookups`` remembers, counts and bounds what it asks. An
+answer depends on the architecture, the problem and its seed, never on what was asked before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from latbench.errors import UsageError
+from latbench.provenance import canonical_json, differences
+from latbench.spaces.base import Arch, SearchSpace
+from searchers.accuracy_table import AccuracyTable
+from searchers.base import Problem, Reporter
+from searchers.data import Splits
+from searchers.derive import Recipe, num_classes, train_network
+from searchers.proxies import NASWOT, SynFlow
+from searchers.results import write_json
+from searchers.sources import Indices
+from searchers.world import World
+
+KINDS = "train, synflow, naswot, table:FILE[:COLUMN[:percent]]"
+QUICK = Recipe(epochs=3, batch_size=64, warmup_epochs=0.5, mixup=0.0)  # what a candidate is trained with
+CANDIDATES = "candidates"  # folder of their checkpoints, in the problem's
+SAVING = 0.01  # share of the time that ``Lookups`` may spend on its file
+
+
+class Evaluator(Protocol):
+    """Says how good an architecture is."""
+
+    def evaluate(self, arch: Arch) -> float:
+        """Finite, larger is better; an accuracy lies in [0, 1]. The same whatever was asked before."""
+        ...
+
+
+def open_evaluator(text: str, problem: Problem, *, recipe: Recipe = QUICK) -> Evaluator:
+    """The evaluator that a text names; `recipe` is for "train".
+
+    Raises UsageError on an unknown text, TableError on a table that does not fit the space.
+    """
+    kind, colon, where = text.partition(":")
+    if kind == "table" and where:
+        return AccuracyTable.named(where, problem.space)
+    if kind == "train" and not colon:
+        return Trained(problem, recipe)
+    if kind == "synflow" and not colon:
+        return SynFlow(problem)
+    if kind == "naswot" and not colon:
+        return NASWOT(problem)
+    raise UsageError(f"unknown evaluator {text!r}: {KINDS}")
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A problem's training images as a ``DataSource`` of their own: its "test" are those that a search keeps out."""
+
+    splits: Splits
+
+    @property
+    def name(self) -> str:
+        """The source's, and which images."""
+        which = zlib.crc32(self.splits.train.tobytes() + self.splits.held_out.tobytes())
+        return f"{self.splits.source.name}, training images {which:08x}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.splits.source.classes
+
+    @property
+    def mirrored(self) -> bool:
+        return self.splits.source.mirrored
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """(N,) class indices."""
+        return self.splits.source.labels("train")[self._indices(split)]
+
+    def image(self, split: str, index: int) -> NDArray[np.uint8]:
+        """(H, W, 3). Raises UsageError, naming the image."""
+        return self.splits.source.image("train", int(self._indices(split)[index]))
+
+    def _indices(self, split: str) -> Indices:
+        return self.splits.train if split == "train" else self.splits.held_out
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Accuracy on the held-out images after training from scratch on the others.
+
+    Every candidate starts from the problem's seed and sees the same images in the same order, so candidates differ by
+    what they are and not by luck. A candidate whose training was cut off goes on where it was.
+    """
+
+    problem: Problem
+    recipe: Recipe = QUICK
+
+    def evaluate(self, arch: Arch) -> float:
+        """In [0, 1]. Raises UsageError where the data do not fit the network."""
+        accuracy = self.train(arch)[1]
+        if World.here().leads:
+            shutil.rmtree(self._folder(arch))
+        return accuracy
+
+    def train(self, arch: Arch, *, reporter: Reporter | None = None) -> tuple[nn.Module, float]:
+        """The network with the weights that ``evaluate`` judges, and its accuracy; its checkpoint stays."""
+        module, figures = train_network(
+            replace(self.problem, data=self._data, max_images=None),
+            arch,
+            self.recipe,
+            folder=self._folder(arch),
+            reporter=reporter,
+        )
+        return module, float(figures["accuracy"])
+
+    @cached_property
+    def _data(self) -> HeldOut:
+        space = self.problem.space
+        any_arch = space.sample(np.random.default_rng(0))
+        return HeldOut(Splits.of(self.problem, num_classes(space.network(any_arch))))
+
+    def _folder(self, arch: Arch) -> Path:
+        name = self.problem.space.format_arch(arch)
+        return self.problem.out / CANDIDATES / f"{zlib.crc32(name.encode()):08x}"
+
+
+# ---- a budget of look-ups -------------------------------------------------------------------------------------------
+
+
+class BudgetSpentError(UsageError):
+    """A look-up beyond the budget."""
+
+
+class Lookups:
+    """An evaluator that remembers what it was told and counts distinct networks.
+
+    A network is asked for by its canonical spelling: spellings of one graph are one look-up. With a `path` the answers
+    outlast the process; saving takes 1 % of the time, and `flush` saves what is left. `identity` (JSON) is what the
+    answers depend on: a file of another one is refused, not overwritten. Raises UsageError there, and where the file is
+    damaged.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        space: SearchSpace,
+        *,
+        budget: int | None = None,
+        path: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        if budget is not None and budget < 1:
+            raise UsageError(f"a search needs at least 1 look-up, got {budget}")
+        self.evaluator, self.space, self.budget, self.path = evaluator, space, budget, path
+        self.identity = dict(identity or {})
+        self.values: dict[Arch, float] = {}  # canonical architecture -> value, in order of asking
+        self.seconds: dict[Arch, float] = {}  # that finding it took
+        self._saved_at, self._saving_s, self._unsaved = time.monotonic(), 0.0, False
+        if path is not None and path.exists():
+            self._read(path)
+
+    @property
+    def spent(self) -> int:
+        """Distinct networks looked up so far, those of the file included."""
+        return len(self.values)
+
+    @property
+    def left(self) -> int | None:
+        """Look-ups that the budget still allows; None: any number."""
+        return None if self.budget is None else max(0, self.budget - self.spent)
+
+    def knows(self, arch: Arch) -> bool:
+        """Whether asking costs nothing."""
+        return self.space.canonical(arch) in self.values
+
+    def evaluate(self, arch: Arch) -> float:
+        """As the evaluator has it. Raises BudgetSpentError on a network that is new where no look-up is left."""
+        network = self.space.canonical(arch)
+        if network not in self.values:
+            if self.left == 0:
+                raise BudgetSpentError(
+                    f"the budget of {self.budget} look-ups is spent: {self.space.format_arch(network)} is one more"
+                )
+            began = time.monotonic()
+            value = float(self.evaluator.evaluate(network))
+            if not np.isfinite(value):
+                raise UsageError(f"the evaluator's answer for {self.space.format_arch(network)} is {value}: no number")
+            self.values[network], self.seconds[network] = value, time.monotonic() - began
+            self._unsaved = True
+            if SAVING * (time.monotonic() - self._saved_at) >= self._saving_s:
+                self.flush()
+        return self.values[network]
+
+    def best(self, among: Sequence[Arch] | None = None) -> tuple[Arch, float]:
+        """The best network looked up, the first of equals, and its value; `among`: of these only.
+
+        Raises UsageError where none was looked up.
+        """
+        known = self.values if among is None else {self.space.canonical(arch): None for arch in among}
+        found = [network for network in known if network in self.values]
+        if not found:
+            raise UsageError("nothing was looked up yet")
+        network = max(found, key=self.values.__getitem__)
+        return network, self.values[network]
+
+    def flush(self) -> None:
+        """Saves what is not saved yet. Raises UsageError where the file cannot be written."""
+        if self.path is None or not self._unsaved:
+            return
+        began = time.monotonic()
+        if World.here().leads:
+            rows = [[list(arch), value, round(self.seconds[arch], 3)] for arch, value in self.values.items()]
+            write_json(self.path, {"identity": self.identity, "lookups": rows})
+        self._saved_at, self._unsaved = time.monotonic(), False
+        self._saving_s = self._saved_at - began
+
+    def _read(self, path: Path) -> None:
+        try:
+            raw = json.loads(path.read_text())
+            found, rows = (
+                raw["identity"],
+                [(tuple(map(int, arch)), float(v), float(s)) for arch, v, s in raw["lookups"]],
+            )
+            for arch, _, _ in rows:
+                self.space.check(arch)
+        except (KeyError, TypeError, ValueError, UsageError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UsageError(f"{path} holds no look-ups, or is damaged ({why}): remove it to start again") from None
+        if canonical_json(found) != canonical_json(self.identity):
+            told = "; ".join(differences(found, self.identity)[:4])
+            raise UsageError(
+                f"{path} was filled with other settings (there / here): {told}; use another -o, or remove it"
+            )
+        for arch, value, seconds in rows:
+            self.values[arch], self.seconds[arch] = value, seconds

@@ -1,0 +1,400 @@
+"""IRLAS: Q-learning over a block's layers, drawn towards the wiring of an expert's network.
+
+Guo, Zhong, Wu, Lin, Yan: IRLAS: Inverse Reinforcement Learning for Architecture Search, CVPR 2019. The mirror stimuli
+function (``mirror``) scores how much a block is wired like ResNeXt's; blocks are sampled, trained for a few epochs in a
+small stack, and their accuracy, cost and score are what a tabular Q-learning (``qlearning``, from Zhong et al., CVPR
+2018) learns from. The best ones are trained in the stack that is deployed.
+
+The search code was never published. Differs from what is known of it:
+
+* Latency constrains the search; theirs is measured afterwards. "filter": a block that breaks a budget earns 0, costs no
+  training, and is remembered, so that the search learns to avoid it. "penalty": its reward falls with the logarithm of
+  the excess, as with density. "none": the search is theirs. In all of them only blocks that keep every budget are
+  chosen. Budgets are asked of the deployed network, not of the proxy.
+* The mirror score is scaled (expert 1, random blocks 0), spread over the steps that earn it, and added with `balance`.
+* FLOPs are those of one block at `flops_width` channels and `flops_resolution` pixels, in millions, at least 1: a block
+  without convolutions has none, and their logarithm would be the best there is.
+* Proxies that are no accuracies (synflow, naswot) are mapped to (0, 1) by the spread over random blocks.
+* Where even small blocks break a budget the search ends before it begins. No exact fastest network exists in a space
+  that does not factor: all blocks of one and two layers are asked, then `scouts` sampled ones.
+* The chosen blocks are trained without cutout, which our data have not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from latbench.errors import InfeasibleTargetError, UsageError
+from latbench.oracle.base import Constraint
+from latbench.provenance import canonical_json, differences
+from latbench.spaces.base import Arch
+from latbench.spaces.nsc import IRLASSpace, density, format_codes
+from searchers import mirror, train
+from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult, infeasible
+from searchers.data import Splits
+from searchers.derive import Recipe, publish, train_network
+from searchers.early_stop import EarlyStop, ShortTraining, Standardised
+from searchers.evaluators import Evaluator, HeldOut, Lookups, open_evaluator
+from searchers.options import settings_of
+from searchers.qlearning import SCHEDULE, Floats, Learner, Process, Rates, Trajectory, epsilons
+from searchers.results import NETWORK, write_bytes
+from searchers.world import World
+
+STATE, LOOKUPS, FINALISTS = "search.npz", "lookups.json", "finalists"  # in a problem's folder
+FINAL = ("finalists", "final_epochs", "final_batch_size", "final_lr", "final_weight_decay")  # the search knows not of
+
+
+@dataclass(frozen=True)
+class IRLAS:
+    """Options. The score of a result is its reward as a fraction plus `balance` times its mirror score.
+
+    `experts`: published names of the space, or codes, ";" between them. `iterations` shrinks or stretches `schedule`.
+    Defaults are BlockQNN's, 11,392 trainings less those of blocks seen twice. Raises UsageError.
+    """
+
+    experts: str = "resnext"
+    features: Literal["indexed", "fields"] = "indexed"
+    irl: Literal["max_margin", "projection"] = "max_margin"
+    mirror_gamma: float = 0.9
+    tolerance: float = 1e-3  # of max_margin
+    irl_epsilon: float = 0.05  # of projection
+    balance: float = 0.2  # lambda: of the mirror score, in units of accuracy as a fraction; 0 is BlockQNN
+    flops_weight: float = 1.0  # mu: percent of accuracy per e-fold
+    flops_width: int = 32
+    flops_resolution: int = 32
+    density_weight: float = 8.0  # rho
+    latency_mode: Literal["filter", "penalty", "none"] = "filter"
+    latency_weight: float = 8.0  # nu, of "penalty"
+    scouts: int = 256
+    schedule: str = SCHEDULE
+    iterations: int | None = None
+    samples: int = 64  # blocks per iteration
+    replays: int = 64
+    alpha: float = 0.01
+    discount: float = 1.0
+    initial: float = 0.5
+    shape_reward: bool = True
+    evaluator: str = "train"  # or synflow, naswot, table:FILE
+    proxy: Literal["cifar", "space"] = "cifar"  # the stack that blocks are judged in: BlockQNN's, or the deployed one
+    proxy_resolution: int = 32  # of "cifar"
+    held_out: float = 0.1  # of the training images, to judge by
+    epochs: int = 12  # of a block's training
+    batch_size: int = 256
+    lr: float = 1e-3  # Adam
+    lr_decay: float = 0.2
+    decay_epochs: int = 5
+    restarts: int = 3  # where the first epoch ends below chance
+    restart_decay: float = 0.4  # of the rate
+    finalists: int = 10  # trained in the deployed stack, the best by held-out accuracy is the answer
+    final_epochs: int = 300
+    final_batch_size: int = 128
+    final_lr: float = 0.1
+    final_weight_decay: float = 5e-4
+
+    name: ClassVar[str] = "irlas"
+
+    def __post_init__(self) -> None:
+        counts = (self.finalists, self.final_epochs, self.flops_width, self.flops_resolution, self.proxy_resolution)
+        if min(*counts, self.scouts + 1, self.final_batch_size - 1) < 1 or not self.final_lr > 0:
+            raise UsageError(
+                "irlas: finalists, final_epochs, widths and resolutions must be at least 1, final_batch_size 2, "
+                "scouts 0, and final_lr above zero"
+            )
+        if min(self.balance, self.flops_weight, self.density_weight, self.latency_weight) < 0:
+            raise UsageError("irlas: balance and weights must not be negative")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"irlas: held_out must lie between 0 and 1, got {self.held_out}")
+        _ = self.rates, self.rounds, self.training
+
+    @property
+    def rates(self) -> Rates:
+        """Of the Q-learning."""
+        return Rates(self.alpha, self.discount, self.initial, self.samples, self.replays, self.shape_reward)
+
+    @property
+    def training(self) -> ShortTraining:
+        """Of a block, by the evaluator "train"."""
+        steps = (self.epochs, self.batch_size, self.lr, self.lr_decay, self.decay_epochs)
+        return ShortTraining(*steps, self.restarts, self.restart_decay)
+
+    @property
+    def rounds(self) -> tuple[float, ...]:
+        """The exploration rate of every iteration."""
+        return epsilons(self.schedule, self.iterations)
+
+    def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
+        """As ``Searcher.search``; options of the last training may change when it goes on."""
+        space = space_of(problem)
+        trained = self.mirror(space)
+        scout = self.scout(space, problem.constraints)
+        splits = Splits.of(problem, space.num_classes, held_out=self.held_out)
+        world, identity = World.here(), self._identity(problem, world_size=World.here().size)
+        lookups = Lookups(self._evaluator(problem, splits), space, path=problem.out / LOOKUPS, identity=identity)
+        search = BlockSearch(self, space, trained, lookups.evaluate, problem.constraints, seed=problem.seed)
+        try:
+            history = search.run(problem.out / STATE, identity, reporter, leads=world.leads)
+            ranked = search.ranked() or search.consider([scout])
+        finally:
+            lookups.flush()
+        finals = [self._final(problem, splits, arch, reporter) for _, arch in ranked[: self.finalists]]
+        place = max(range(len(finals)), key=lambda i: finals[i][1])
+        (score, arch), (module, accuracy) = ranked[place], finals[place]
+        result = SearchResult(
+            searcher=self.name,
+            arch=arch,
+            predicted=problem.predicted(arch),
+            target=problem.targets,
+            score=score,
+            history=tuple(history),
+            network=problem.out / NETWORK,
+            notes={
+                "accuracy": accuracy,  # on the held-out images, trained in the deployed stack
+                "code": format_codes(space.codes(arch)),
+                "mirror": trained.score(arch),
+                "margin": list(trained.margin),
+                "evaluated": search.n_evaluated,
+                "filtered": len(search.learner.rewards) - search.n_evaluated,
+                "finalists": [
+                    {"arch": list(block), "score": worth, "accuracy": reached}
+                    for (worth, block), (_, reached) in zip(ranked, finals, strict=False)
+                ],
+            },
+        )
+        publish(problem, result, settings_of(self), space.network(arch), module, world)
+        return result
+
+    def mirror(self, space: IRLASSpace) -> mirror.Mirror:
+        """The trained mirror stimuli function. Raises UsageError where an expert does not fit the space."""
+        features = mirror.Features(space.max_index, self.mirror_gamma, self.features)
+        experts = [space.parse_arch(text) for text in self.experts.split(";")]
+        return mirror.train(features, experts, method=self.irl, tolerance=self.tolerance, epsilon=self.irl_epsilon)
+
+    def scout(self, space: IRLASSpace, constraints: Sequence[Constraint]) -> Arch:
+        """The small block furthest below the budgets. Raises InfeasibleTargetError, naming it, where it breaks one."""
+        rng = np.random.default_rng(0)
+        least: Arch = ()
+        low = np.inf
+        asked = (_blocks(space, 1), _blocks(space, 2), [space.sample(rng) for _ in range(self.scouts)])
+        for blocks in filter(None, asked):
+            share = (_bounds(constraints, blocks) / [c.target for c in constraints]).max(axis=1)  # (N,)
+            if share.min() < low:
+                least, low = blocks[int(share.argmin())], float(share.min())
+            if low <= 1 + TOLERANCE:
+                return least
+        bounds = _bounds(constraints, [least])[0]
+        worst = max(range(len(bounds)), key=lambda k: bounds[k] / constraints[k].target)
+        raise InfeasibleTargetError(infeasible(constraints[worst], least, float(bounds[worst])))
+
+    def reward(self, space: IRLASSpace, arch: Arch, accuracy: float, bounds: Floats, targets: Floats) -> float:
+        """Of a block by its accuracy in [0, 1] and what its network's latencies are bounded by: a fraction."""
+        codes = space.codes(arch)
+        value = 100 * accuracy - self.density_weight * np.log(density(codes))
+        if self.flops_weight:
+            side = self.flops_resolution
+            macs = space.block(arch, self.flops_width, (1, self.flops_width, side, side)).macs
+            value -= self.flops_weight * np.log(max(macs / 1e6, 1.0))
+        if self.latency_mode == "penalty":
+            value -= self.latency_weight * np.log(np.maximum(bounds / targets, 1.0)).sum()
+        return float(value / 100)
+
+    def _identity(self, problem: Problem, *, world_size: int) -> dict[str, Any]:
+        options = {name: value for name, value in settings_of(self).items() if name not in FINAL}
+        return {**problem.identity(options), "seed": problem.seed, "processes": world_size}
+
+    def _evaluator(self, problem: Problem, splits: Splits) -> Evaluator:
+        space = space_of(problem)
+        if self.evaluator == "train":
+            judged = replace(
+                space, stack="cifar", widths="", repeats="", resolution=self.proxy_resolution, batch=1, dtype="float32"
+            )  # fmt: skip
+            return EarlyStop(problem, judged if self.proxy == "cifar" else space, splits, self.training)
+        found = open_evaluator(self.evaluator, problem)
+        return found if self.evaluator.startswith("table:") else Standardised(found, space)
+
+    def _final(
+        self, problem: Problem, splits: Splits, arch: Arch, reporter: Reporter | None
+    ) -> tuple[nn.Module, float]:
+        """A block trained in the deployed stack, and its accuracy on the held-out images; resumable."""
+        recipe = Recipe(
+            epochs=self.final_epochs, batch_size=self.final_batch_size, lr=self.final_lr * 1024 / self.final_batch_size,
+            warmup_epochs=0.0, weight_decay=self.final_weight_decay, label_smoothing=0.0, mixup=0.0,
+        )  # fmt: skip
+        where = problem.out / FINALISTS / "-".join(map(str, arch))
+        known = replace(problem, data=HeldOut(splits), max_images=None)
+        module, figures = train_network(known, arch, recipe, folder=where, reporter=reporter)
+        return module, float(figures["accuracy"])
+
+
+def space_of(problem: Problem) -> IRLASSpace:
+    """The problem's space. Raises UsageError where its networks are not blocks in a stack."""
+    if not isinstance(problem.space, IRLASSpace):
+        raise UsageError(
+            f"irlas searches network structure codes, not {problem.space.name}: latbench profile --space irlas"
+        )
+    return problem.space
+
+
+def _blocks(space: IRLASSpace, n_layers: int) -> list[Arch]:
+    """Every block of so many layers."""
+    if n_layers >= space.max_index:
+        return []
+    rest = (0,) * (space.max_index - n_layers - 1)
+    options = [range(len(d.options) - (i > 0)) for i, d in enumerate(space.decisions[:n_layers])]  # no terminal
+    return [(*layers, len(space.decisions[n_layers].options) - 1, *rest) for layers in product(*options)]
+
+
+def _bounds(constraints: Sequence[Constraint], archs: Sequence[Arch]) -> Floats:
+    """(N, K) what each constraint compares with its target."""
+    return np.stack([constraint.bounds(np.array(archs, np.int64)) for constraint in constraints], axis=1)
+
+
+# ---- the search -----------------------------------------------------------------------------------------------------
+
+
+class BlockSearch:
+    """The Q-learning of one run, what its blocks earned, and the ranking. `accuracy` judges an architecture."""
+
+    def __init__(
+        self, options: IRLAS, space: IRLASSpace, trained: mirror.Mirror, accuracy: Callable[[Arch], float],
+        constraints: Sequence[Constraint] = (), *, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.options, self.space, self.mirror, self.accuracy = options, space, trained, accuracy
+        self.constraints, self.targets = constraints, np.array([c.target for c in constraints], np.float64)
+        sizes = tuple(len(decision.options) for decision in space.decisions)
+        final = tuple(n - 1 if i else None for i, n in enumerate(sizes))
+        bonus = trained.bonus(options.balance) if options.balance else None
+        self.learner = Learner(Process(sizes, final), options.rates, seed=seed, bonus=bonus)
+        self.accuracies: dict[Trajectory, float] = {}  # those that were evaluated
+        self.history: list[dict[str, Scalar]] = []
+        self.best = -np.inf  # score so far, budgets aside
+
+    @property
+    def n_evaluated(self) -> int:
+        """Distinct blocks that the evaluator saw."""
+        return len(self.accuracies)
+
+    def run(
+        self, path: Path | None = None, identity: Mapping[str, Any] | None = None, reporter: Reporter | None = None,
+        *, leads: bool = True,
+    ) -> list[dict[str, Scalar]]:  # fmt: skip
+        """The iterations that are left. State goes to `path`; raises UsageError where that is another run's."""
+        if path is not None and path.exists():
+            self._load(path, identity or {})
+        rounds = self.options.rounds
+        saved = time.monotonic()
+        while len(self.history) < len(rounds):
+            i = len(self.history)
+            self.history.append(self._iterate(i, rounds[i], reporter))
+            done = len(self.history) == len(rounds)
+            if path is not None and leads and (done or time.monotonic() - saved >= train.SAVE_EVERY_S):
+                write_bytes(path, self._state(identity or {}))
+                saved = time.monotonic()
+            if reporter is not None and leads:
+                reporter.epoch(self.history)
+        return self.history
+
+    def _iterate(self, i: int, epsilon: float, reporter: Reporter | None) -> dict[str, Scalar]:
+        began, known, judged = time.monotonic(), len(self.learner.rewards), self.n_evaluated
+        total = len(self.options.rounds) * self.options.samples
+
+        def told(accuracy: float) -> None:
+            if reporter is not None:
+                done = i * self.options.samples + self.n_evaluated - judged
+                reporter.advance(done, total, f"accuracy {accuracy:.4g}")
+
+        sampled = self.learner.iterate(i, epsilon, lambda new: self._rewards(new, told))
+        new, evaluated = len(self.learner.rewards) - known, self.n_evaluated - judged
+        row: dict[str, Scalar] = {
+            "epoch": i,
+            "epsilon": epsilon,
+            "new": new,
+            "filtered": new - evaluated,
+            "reward": float(np.mean([self.learner.rewards[block] for block in sampled])),
+            "mirror": float(np.mean([self.mirror.score(block) for block in sampled])),
+        }
+        if self.accuracies:
+            row["score"] = self.best
+        row["seconds"] = time.monotonic() - began
+        if reporter is not None:
+            reporter.advance((i + 1) * self.options.samples, total, f"reward {row['reward']:.4g}")
+        return row
+
+    def _rewards(self, blocks: Sequence[Trajectory], told: Callable[[float], None] | None = None) -> list[float]:
+        archs = [self.arch(block) for block in blocks]
+        asked = self.options.latency_mode != "none" and len(self.constraints) > 0
+        bounds = _bounds(self.constraints, archs) if asked else np.empty((len(archs), 0))
+        targets = self.targets if asked else np.empty(0)
+        rewards = []
+        for block, arch, bound in zip(blocks, archs, bounds, strict=True):
+            if self.options.latency_mode == "filter" and (bound > targets * (1 + TOLERANCE)).any():
+                rewards.append(0.0)
+                continue
+            accuracy = self.accuracies[block] = float(self.accuracy(arch))
+            rewards.append(self.options.reward(self.space, arch, accuracy, bound, targets))
+            self.best = max(self.best, self._score(block, rewards[-1]))
+            if told is not None:
+                told(accuracy)
+        return rewards
+
+    def arch(self, block: Trajectory) -> Arch:
+        """A trajectory as the space spells it."""
+        return (*block, *(0,) * (self.space.max_index - len(block)))
+
+    def score(self, block: Trajectory) -> float:
+        """What blocks are ranked by."""
+        return self._score(block, self.learner.rewards[block])
+
+    def _score(self, block: Trajectory, reward: float) -> float:
+        return reward + self.options.balance * self.mirror.score(block)
+
+    def ranked(self) -> list[tuple[float, Arch]]:
+        """Score and architecture of every evaluated block that keeps all budgets, the best first."""
+        blocks = list(self.accuracies)
+        if blocks and self.constraints:
+            bounds = _bounds(self.constraints, [self.arch(block) for block in blocks])
+            kept = np.all(bounds <= self.targets * (1 + TOLERANCE), axis=1)
+            blocks = [blocks[i] for i in np.flatnonzero(kept)]
+        return sorted(((self.score(block), self.arch(block)) for block in blocks), key=lambda pair: -pair[0])
+
+    def consider(self, archs: Sequence[Arch]) -> list[tuple[float, Arch]]:
+        """``ranked`` after these were evaluated too; the values learn nothing from them."""
+        blocks = [self.mirror.features.cut(arch) for arch in archs]
+        self.learner.rewards.update(zip(blocks, self._rewards(blocks), strict=True))
+        return self.ranked()
+
+    def _state(self, identity: Mapping[str, Any]) -> bytes:
+        arrays = self.learner.state()
+        arrays["accuracies"] = np.array([self.accuracies.get(b, np.nan) for b in self.learner.rewards], np.float64)
+        meta = json.dumps({"identity": dict(identity), "history": self.history})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, meta=np.array(meta), **arrays)
+        return buffer.getvalue()
+
+    def _load(self, path: Path, identity: Mapping[str, Any]) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+            meta = json.loads(str(arrays["meta"]))
+            found, history, accuracies = meta["identity"], meta["history"], arrays["accuracies"]
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            why = " ".join(str(error).split())[:120]
+            raise UsageError(f"{path} holds no search, or is damaged ({why}): remove it to start again") from None
+        if canonical_json(found) != canonical_json(dict(identity)):
+            told = "; ".join(differences(found, dict(identity))[:4])
+            raise UsageError(f"{path} was searched with other settings (there / here): {told}; use another -o")
+        self.learner.load(arrays)
+        pairs = zip(self.learner.rewards, accuracies.tolist(), strict=True)
+        self.history, self.accuracies = history, {block: value for block, value in pairs if value == value}
+        self.best = max(map(self.score, self.accuracies), default=-np.inf)

@@ -1,0 +1,153 @@
+"""The study of searches on NAS-Bench-201: its arithmetic, and its searches on cells whose answer is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latbench.oracle.base import Constraint
+from latbench.provenance import Provenance
+from latbench.spaces.nasbench201 import NASBench201Space
+from latbench.tables import LatencyTable, Row
+from searchers.accuracy_table import AccuracyTable
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = Path(os.environ.get("LATBENCH_REFERENCE_DATA", ""))
+GAIN, COST_MS = np.array([0.0, 0.03, 0.06, 0.1, 0.02]), np.array([0.0, 0.1, 0.6, 1.0, 0.4])  # of an edge's operations
+
+
+@pytest.fixture(scope="module")
+def study():
+    """``benchmarks/nb201_search.py``, which is a command and no package's module."""
+    spec = importlib.util.spec_from_file_location("nb201_search", ROOT / "benchmarks" / "nb201_search.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def cells(study):
+    """Made-up cells: edges add their own accuracy and latency, whether they reach the output or not."""
+    space = NASBench201Space(batch=1, num_classes=100)
+    archs = np.stack(np.unravel_index(np.arange(space.size), study.SHAPE), axis=1)
+    accuracy = 0.3 + GAIN[archs].sum(1)
+    latency_ms = 2.0 + COST_MS[archs].sum(1)
+    spelled = [tuple(arch) for arch in archs.tolist()]
+    rows = [
+        Row(key=str(i), kind="network", signature="", space=space.name, arch=arch, latency_ms=ms, origin="imported")
+        for i, (arch, ms) in enumerate(zip(spelled, latency_ms.tolist(), strict=True))
+    ]
+    provenance = Provenance("made_up", "made up", "none", space=space.name, settings=space.settings())
+    table = AccuracyTable(space, dict(zip(spelled, accuracy.tolist(), strict=True)), "made up", "fraction")
+    return study.Cells(space, LatencyTable.from_rows(rows, provenance), table)
+
+
+def test_a_network_has_the_figures_of_its_canonical_spelling(study, cells):
+    assert len(cells.networks) == 12205
+    spelled, network = (2, 3, 0, 3, 0, 0), (0, 0, 0, 3, 0, 0)
+    at = np.ravel_multi_index(spelled, study.SHAPE)
+    assert cells.latency_ms[at] == pytest.approx(3.0)
+    assert cells.accuracies[at] == pytest.approx(0.4)
+    oracle = cells.oracle(cells.latency_ms)
+    assert oracle.latency(spelled) == oracle.latency(network) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", ["random", "relativenas", "irlas", "irlas+hopeful"])
+def test_every_search_keeps_limit_and_budget_and_ends_alike(study, cells, name):
+    limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
+    constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
+    first, again = (study.run(cells, study.SEARCHES[name], constraint, limit_ms, seed=3) for _ in range(2))
+    assert first == again
+    assert 0 < first["lookups"] <= study.LOOKUPS
+    assert first["over_percent"] <= 1e-9
+    best = max(
+        0.3 + GAIN[arch].sum()
+        for arch in cells.archs[cells.networks]
+        if 2.0 + COST_MS[arch].sum() <= limit_ms * (1 + 1e-12)
+    )
+    arch = np.array([int(i) for i in first["arch"].split(",")])
+    assert first["regret"] == pytest.approx(100 * (best - 0.3 - GAIN[arch].sum()), abs=1e-9)
+    assert first["regret"] >= -1e-9
+
+
+def test_learning_searches_beat_chance_where_edges_add_up(study, cells):
+    limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
+    constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
+    medians = {
+        name: np.median(
+            [study.run(cells, study.SEARCHES[name], constraint, limit_ms, seed)["regret"] for seed in range(5)]
+        )
+        for name in ("random", "relativenas", "irlas+hopeful")
+    }
+    assert medians["random"] > 0
+    assert medians["relativenas"] < medians["random"]
+    assert medians["irlas+hopeful"] <= 0.5 * medians["random"]
+
+
+def test_an_answer_beyond_the_limit_is_told(study, cells):
+    """The oracle is told half of every latency, so what it allows breaks the limit."""
+    limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 20))
+    constraint = Constraint(cells.oracle(0.5 * cells.latency_ms), limit_ms)
+    found = study.run(cells, study.SEARCHES["irlas+hopeful"], constraint, limit_ms, seed=0)
+    assert found["over_percent"] > 5
+    assert found["over_percent"] == pytest.approx(100 * (found["latency_ms"] / limit_ms - 1))
+    assert found["regret"] < 0
+
+
+def test_bounds_of_a_learned_oracle_hold_what_was_never_measured(study, cells):
+    bounds = cells.learned_bounds(seed=0)
+    assert (bounds[cells.networks] >= cells.latency_ms[cells.networks]).mean() > 0.85
+    assert np.median(bounds / cells.latency_ms) < 1.2
+    assert (bounds == bounds[cells.network]).all()
+
+
+def test_figures_of_the_summary(study):
+    regrets = {"random": (1.0, 2.0, 3.0, 4.0), "irlas": (0.0, 0.5, 1.0, 6.0)}
+    over = {"random": (-1.0, -2.0, 0.0, -4.0), "irlas": (-1.0, 2.0, 5.5, 0.0)}
+    table = pd.DataFrame(
+        {"batch": 1, "oracle": "true", "percentile": 20, "search": name, "limit_ms": 7.0, "lookups": 300 - i}
+        | {"regret": regrets[name][i], "over_percent": over[name][i]}
+        for name in regrets
+        for i in range(4)
+    )
+    found = study.summary(table).loc[1, "true", 20].loc["irlas"]
+    assert found["median"] == 0.75
+    assert (found["q1"], found["q3"]) == (0.375, 2.25)
+    assert found["of random"] == 0.75 / 2.5
+    assert found["feasible %"] == 50
+    assert found["> 5 % over, %"] == 25
+    assert found["over, max %"] == 5.5
+    assert found["look-ups"] == 298.5
+
+
+def test_the_picture_is_drawn(study, tmp_path):
+    table = pd.DataFrame(
+        {"batch": batch, "oracle": "true", "percentile": p, "search": name, "limit_ms": 7.0, "regret": 0.1 * i}
+        for batch in (1, 256)
+        for p in study.PERCENTILES
+        for name in ("random", "irlas")
+        for i in range(3)
+    )
+    study.draw_picture(table, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (REFERENCE / "nb201_search.parquet").is_file(),
+    reason="needs nb201_search.parquet in the folder $LATBENCH_REFERENCE_DATA",
+)
+def test_published_cells_are_searched_with_half_of_chances_regret(study):
+    cells = study.Cells.read(REFERENCE / "nb201_search.parquet", "c100_test_200ep", 256)
+    searches = {name: study.SEARCHES[name] for name in ("random", "relativenas", "irlas+hopeful")}
+    found = study.summary(pd.DataFrame(study.study(cells, 256, searches, range(10), learned=False)))
+    assert (found["feasible %"] == 100).all()
+    assert (found["of random"].xs("irlas+hopeful", level="search") <= 0.5).all()
