@@ -72,6 +72,8 @@ def _additivity(figures: Mapping[str, Any]) -> str:
     parts = [f"{len(figures['measured_ms'])} networks"] if "measured_ms" in figures else []
     forms = {"mape": "mean error {:.2%}", "bias": "bias {:+.2%}", "spearman": "Spearman {:.4f}"}
     parts += [form.format(figures[name]) for name, form in forms.items() if figures.get(name) is not None]
+    if "beyond_cache" in figures:
+        parts.append(f"{figures['beyond_cache']['mape']:.2%} with weights beyond the cache")
     return ", ".join(parts) + " (sum of blocks against the network measured)" if parts else ""
 
 

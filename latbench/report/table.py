@@ -195,6 +195,9 @@ def _draw_additivity(ax: Axes, additivity: Mapping[str, Any]) -> None:
     span = (low - pad, high + pad)
     ax.plot(span, span, color=GUIDE, linewidth=1, zorder=1)
     ax.scatter(measured, predicted, s=18, c=COLOURS[0], alpha=0.8, linewidths=0, rasterized=len(measured) > MANY)
+    beyond = additivity.get("beyond_cache")
+    if beyond:
+        ax.scatter(measured, beyond["predicted_ms"], s=18, c=COLOURS[1], alpha=0.8, linewidths=0)
     ax.set(xlim=span, ylim=span, xlabel="network measured, ms", ylabel="sum of its blocks, ms")
     named: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("mape", "mean error", lambda v: f"{100 * v:.2g} %"),
@@ -203,6 +206,9 @@ def _draw_additivity(ax: Axes, additivity: Mapping[str, Any]) -> None:
     )
     lines = [f"{len(measured)} networks"]
     lines += [f"{name} {form(additivity[key])}" for key, name, form in named if additivity.get(key) is not None]
+    if beyond:
+        ax.text(0.97, 0.05, f"weights beyond the cache added: {100 * beyond['mape']:.2g} %", transform=ax.transAxes,
+                ha="right", fontsize=9, color=COLOURS[1])  # fmt: skip
     ax.text(0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9, color=INK, linespacing=1.35)
     open_frame(ax)
 

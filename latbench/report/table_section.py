@@ -229,18 +229,21 @@ def _noise_picture(name: str, percents: Any, table: LatencyTable) -> Picture:
 
 
 def _sums_picture(name: str, sums: dict[str, Any]) -> Picture:
-    pairs = zip(sums["measured_ms"], sums["predicted_ms"], strict=True)
-    chart = charts.agreement(
-        [{"measured": m, "predicted": p} for m, p in pairs], "network measured, ms", "sum of its blocks, ms"
-    )
-    caption = f"{len(sums['measured_ms'])} networks against the sums of their blocks; nothing is fitted."
+    beyond = sums.get("beyond_cache")
+    kinds = {"sums of blocks": sums, **({"with cache misses": beyond} if beyond else {})}
+    rows = [
+        {"measured": measured, "predicted": predicted, "group": kind}
+        for kind, one in kinds.items()
+        for measured, predicted in zip(one["measured_ms"], one["predicted_ms"], strict=True)
+    ]
+    chart = charts.agreement(rows, "network measured, ms", "sum of its blocks, ms")
+    caption = f"{len(sums['measured_ms'])} networks against the sums of their blocks; nothing is fitted to them."
     forms = {"mape": "Mean error {:.2%}", "bias": "bias {:+.2%}", "spearman": "Spearman {:.4f}"}
     told = [form.format(sums[key]) for key, form in forms.items() if sums.get(key) is not None]
     caption += f" {', '.join(told)}." if told else ""
     halves = [sums[key]["mape"] for key in ("fewer_params", "more_params") if key in sums]
     if len(halves) == 2:
-        caption += (
-            f" The half with fewer parameters: {halves[0]:.2%}; with more: {halves[1]:.2%} (weights beyond the cache "
-            "cost what no single block shows)."
-        )
+        caption += f" The half with fewer parameters: {halves[0]:.2%}; with more: {halves[1]:.2%}."
+    if beyond:
+        caption += f" With what chains of blocks pay for weights beyond the cache: mean error {beyond['mape']:.2%}."
     return Picture(f"{name}-sums", "Do blocks add up to networks?", caption, chart)
