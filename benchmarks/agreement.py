@@ -69,9 +69,11 @@ import json, sys
 from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
+from latbench.backends.torch import keep_heap
 from latbench.graph.ir import Graph
 from latbench.graph.passes import random_weights
 from latbench.graph.torch import to_module
+keep_heap()
 graph = Graph.from_json(Path(sys.argv[1]).read_text())
 module = to_module(graph, random_weights(graph))
 inputs = [torch.randn(shape) for _, shape in graph.inputs]

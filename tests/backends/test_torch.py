@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -190,3 +191,29 @@ def test_a_batch_too_large_for_the_memory_is_a_row(tmp_path: Path) -> None:
         (measured,) = launcher.measure([Request("k", path, 0, 0, SamplingPlan(runs=1, rounds=1))])
     assert measured.status == "error"
     assert "OutOfMemoryError" in (measured.error or "")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_stays_in_the_process(keep: bool) -> None:
+    # In a process of its own: thresholds cannot be taken back.
+    program = f"""
+import ctypes, resource
+from latbench.backends.torch import keep_heap
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.mallopt(-3, 131072)  # M_MMAP_THRESHOLD: no longer dynamic
+{"keep_heap()" if keep else ""}
+def cycle():
+    memory = libc.malloc(8 << 20)
+    ctypes.memset(memory, 1, 8 << 20)
+    libc.free(memory)
+cycle()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    cycle()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    faults = int(run.stdout)
+    assert faults < 100 if keep else faults >= 10 * (8 << 20) // (1 << 21)  # pages may be huge
