@@ -41,7 +41,7 @@ Say = Callable[[dict[str, Any]], None]
 FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
 # A virtual core's clock moves by 1 % within 5 ms: probes amid the samples cut the spread between blocks from 0.74 to
 # 0.55 % (median of 200 blocks), at 3 % of the time.
-PROBE_EVERY_S = 0.001
+PROBE_EVERY_MS = 1.0  # of inference, between clock probes within a block of samples
 
 
 def main() -> None:
@@ -204,29 +204,30 @@ class Sampler:
         evict = getattr(runner, "evict", self.evict)
         repeat = 1 if swept else max(1, math.ceil(self.timer_ns / plan.timer_share / (single_ms * 1e6)))
         n_blocks = plan.rounds * plan.runs
-        n_min = math.ceil(plan.min_samples / n_blocks)
-        limit_ms = 1e3 * plan.max_time_s / n_blocks
+        n_min, n_max = math.ceil(plan.min_samples / n_blocks), math.ceil(plan.max_samples / n_blocks)
+        block_ms, limit_ms, n, spent = 1e3 * plan.block_s, 1e3 * plan.max_time_s / n_blocks, 0, 0.0
         samples: list[float] = []
-        spent = 0.0
-        probes, probe_at, probed_at = [self.probe()], [0], time.perf_counter()
+        sample, keep = runner.sample, samples.append
+        probes, probe_at = [self.probe()], [0]
+        probe_ms = PROBE_EVERY_MS  # of inference so far, at which the clock is probed next
         started_at, waited = time.time(), self.wait.ns()
+        # Short and without look-ups: what runs between samples pushes the runtime's code out of the caches.
         while True:
             if swept:
                 evict(plan.sweep_bytes)
-            ms = runner.sample(repeat)
-            samples.append(ms)  # rounding waits: its code would push the runtime's out of the caches, 0.5 us a call
+            ms = sample(repeat)
+            keep(ms)
+            n += 1
             spent += ms
-            if (spent >= 1e3 * plan.block_s and len(samples) >= n_min) or spent >= limit_ms:
+            if n >= n_max or spent >= limit_ms or (spent >= block_ms and n >= n_min):
                 break
-            if len(samples) * n_blocks >= plan.max_samples:
-                break
-            if time.perf_counter() - probed_at >= PROBE_EVERY_S:
+            if swept or spent >= probe_ms:
                 probes.append(self.probe())
-                probe_at.append(len(samples))
-                probed_at = time.perf_counter()
+                probe_at.append(n)
+                probe_ms = spent + PROBE_EVERY_MS
         wait_ms = (self.wait.ns() - waited) / 1e6
         probes.append(self.probe())
-        probe_at.append(len(samples))
+        probe_at.append(n)
         warnings = [*self.monitor.look(), *getattr(runner, "notes", tuple)()]
         if wait_ms > FOREIGN_LOAD * spent + 0.02:
             warnings.append("foreign_load")
