@@ -105,8 +105,7 @@ def _plain(problem: Problem, result: SearchResult) -> dict[str, Any]:
 
 def _told(problem: Problem, result: SearchResult) -> str:
     space = problem.space
-    choices = ", ".join(f"{d.name} {d.options[i]}" for d, i in zip(space.decisions, result.arch, strict=True))
-    lines = [f"found {space.name}:{space.format_arch(result.arch)}", f"  {choices}"]
+    lines = [f"found {space.name}:{space.format_arch(result.arch)}", f"  {space.describe(result.arch)}"]
     for constraint, predicted in zip(problem.constraints, result.predicted, strict=True):
         oracle = constraint.oracle
         where = f" on {oracle.provenance.device_name}" if oracle.provenance.device_name else ""

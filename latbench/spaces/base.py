@@ -136,6 +136,11 @@ class SearchSpace(ABC):
         """Option indices joined by commas; ``parse_arch`` is its inverse."""
         return ",".join(map(str, arch))
 
+    def describe(self, arch: Arch) -> str:
+        """What was chosen, for people, on one line. Raises UsageError as ``check``."""
+        self.check(arch)
+        return ", ".join(f"{d.name} {d.options[i]}" for d, i in zip(self.decisions, arch, strict=True))
+
     def settings(self) -> dict[str, Scalar]:
         """Field -> value; ``from_settings`` is its inverse."""
         return asdict(self)

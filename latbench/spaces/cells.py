@@ -185,6 +185,16 @@ class RelativeNASSpace(FactoredSpace):
             raise UsageError(f"{self.name}: {name} is a network of other settings: {wanted}")
         return super().parse_arch(text)
 
+    def describe(self, arch: Arch) -> str:
+        """Both cells, node by node: operations and the states that they read."""
+        self.check(arch)
+        cells = []
+        for name, pairs in genotype_of(arch).items():
+            each = [f"{op}({state})" for op, state in pairs]
+            nodes = [" + ".join(each[i : i + 2]) for i in range(0, len(each), 2)]
+            cells.append(f"{name} {' | '.join(nodes)}")
+        return "; ".join(cells)
+
     def canonical(self, arch: Arch) -> Arch:
         """The pairs of every node ascending: their sum has no order."""
         self.check(arch)

@@ -179,6 +179,10 @@ class IRLASSpace(SearchSpace):
         """Each layer uniform over its legal codes until the terminal is drawn; short blocks are rare."""
         return self.canonical(super().sample(rng))
 
+    def describe(self, arch: Arch) -> str:
+        """The block's network structure code."""
+        return format_codes(self.codes(arch))
+
     def canonical(self, arch: Arch) -> Arch:
         """`arch` with 0 behind its terminal: the same network."""
         n_layers = len(self.codes(arch))

@@ -279,3 +279,10 @@ def test_every_parameter_of_a_trained_network_learns():
     module = to_module(space.network(space.parse_arch("random:0"))).train()
     nn.functional.cross_entropy(module(torch.randn(space.input_shape)), torch.arange(4)).backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_genotype_is_told_node_by_node():
+    space = RelativeNASSpace()
+    told = space.describe(space.published["relativenas-cifar10"])
+    assert told.startswith("normal sep_conv_3x3(0) + dil_conv_5x5(1) | ")
+    assert "; reduce avg_pool_3x3(1) + max_pool_3x3(1) | " in told

@@ -281,3 +281,8 @@ def test_cifar_stack_has_three_stages_of_four() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         IRLASSpace.from_settings(settings)
+
+
+def test_a_block_is_told_by_its_code():
+    space = IRLASSpace()
+    assert space.describe(space.published["irlas-mobile"]).startswith("(1,1,1,0,0)(2,1,3,0,0)(3,5,0,0,2)")
