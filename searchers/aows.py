@@ -44,7 +44,6 @@ from searchers.chains import Floats, Ints, Paths, marginals, sample, sample_laye
 from searchers.data import Batch, Splits, train_batches
 from searchers.derive import inherit, num_classes, publish
 from searchers.options import settings_of
-from searchers.results import NETWORK
 from searchers.selection import Selection, relax, select
 from searchers.slimmable import Slimmable
 from searchers.train import Loop, Position, cosine, soft_cross_entropy
@@ -97,18 +96,16 @@ class AOWS:
         graph = problem.space.network(found.path)
         splits = Splits.of(problem, num_classes(graph))
         module, accuracy = inherit(problem, graph, net.weights(graph), splits, world, self.batch_size)
-        result = SearchResult(
-            searcher=self.name,
+        return publish(
+            problem,
+            self,
+            module,
+            world,
             arch=found.path,
-            predicted=problem.predicted(found.path),
-            target=problem.targets,
             score=found.score,
             history=history,
-            network=problem.out / NETWORK,
             notes=_notes(problem, paths, statistics, found, accuracy),
         )
-        publish(problem, result, settings_of(self), graph, module, world)
-        return result
 
     def temperature(self, progress: float) -> float:
         """Of the Gibbs distribution after `progress` epochs: linear in the logarithm between the code's knots.
@@ -141,7 +138,7 @@ class AOWS:
         update = Update(
             torch.optim.SGD(net.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay), world
         )
-        options = {name: value for name, value in settings_of(self).items() if name != "epochs"}
+        options = settings_of(self, without=["epochs"])
         loop = Loop(
             problem.out,
             "search",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from latbench.graph.ir import Graph, Weights
 from latbench.graph.onnx import to_onnx
 from latbench.graph.passes import as_dtype, fold_batch_norm
 from latbench.graph.torch import to_module, weights_of
-from searchers.base import Problem, Reporter, Scalar, SearchResult
+from latbench.spaces.base import Arch
+from searchers.base import Problem, Reporter, Scalar, Searcher, SearchResult
 from searchers.data import Batch, Splits, eval_batches, train_batches
+from searchers.options import settings_of
 from searchers.results import HISTORY, NETWORK, Found, note, save_result, write_bytes, write_history
 from searchers.train import Loop, Position, cosine, evaluate, mixup, recalibrate
 from searchers.world import Update, World, decayed
@@ -53,18 +55,35 @@ def inherit(
 
 def publish(
     problem: Problem,
-    result: SearchResult,
-    settings: Mapping[str, Scalar],
-    graph: Graph,
+    searcher: Searcher,
     module: nn.Module,
     world: World,
-) -> None:
-    """Writes the network, the history and the result into the problem's folder, once for all processes."""
+    *,
+    arch: Arch,
+    score: float,
+    history: Sequence[Mapping[str, Scalar]],
+    notes: Mapping[str, Any],
+) -> SearchResult:
+    """The result, written into the problem's folder with its network and history, once for all processes.
+
+    `module`: the found network with its weights. `score`, `notes`: as ``SearchResult``'s.
+    """
+    result = SearchResult(
+        searcher=searcher.name,
+        arch=arch,
+        predicted=problem.predicted(arch),
+        target=problem.targets,
+        score=score,
+        history=tuple(history),
+        network=problem.out / NETWORK,
+        notes=notes,
+    )
     if world.leads:
-        write_network(problem.out / NETWORK, graph, module)
+        write_network(result.network, problem.space.network(arch), module)
         write_history(problem.out / HISTORY, result.history)
-        save_result(problem, result, settings)
+        save_result(problem, result, settings_of(searcher))
     world.wait()
+    return result
 
 
 @dataclass(frozen=True)

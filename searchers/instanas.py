@@ -55,7 +55,6 @@ from searchers.instanas_variants import (
     write_beside,
 )
 from searchers.options import settings_of
-from searchers.results import NETWORK
 from searchers.train import Loop, Position, cosine
 from searchers.world import Update, World
 
@@ -146,19 +145,13 @@ class InstaNAS:
         history += run.finetune(chosen, reporter)
         held_out, test = run.exam("held_out", chosen.prices), run.exam("test", chosen.prices)
         arch = costs.representative(held_out.policies)
-        result = SearchResult(
-            searcher=self.name,
-            arch=arch,
-            predicted=problem.predicted(arch),
-            target=problem.targets,
-            score=held_out.accuracy,
-            history=history,
-            network=problem.out / NETWORK,
-            notes=notes_of(costs, chosen, held_out, test)
-            | {"variants": [variant.row(variants) for variant in variants]},
+        notes = notes_of(costs, chosen, held_out, test) | {"variants": [variant.row(variants) for variant in variants]}
+        if run.world.leads:
+            write_beside(notes["variants"], run.controller, run.graph, chosen, held_out, costs)
+        module = module_of(problem.space.network(arch), run.graph.weights(problem.space.network(arch)))
+        return publish(
+            problem, self, module, run.world, arch=arch, score=held_out.accuracy, history=history, notes=notes
         )
-        run.publish(result, chosen, held_out)
-        return result
 
 
 class _Run:
@@ -321,14 +314,6 @@ class _Run:
         """The present weights at these prices."""
         images = eval_batches(self.problem, self.splits, self.alone, part)
         return examine(Routed(self.graph, Route(self.controller, prices, self.costs)), images, self.alone)
-
-    def publish(self, result: SearchResult, chosen: Variant, held_out: Exam) -> None:
-        """Writes the result and its network, and what InstaNAS keeps beside them."""
-        if self.world.leads:
-            write_beside(result, self.controller, self.graph, chosen, held_out, self.costs)
-        graph = self.problem.space.network(result.arch)
-        module = module_of(graph, self.graph.weights(graph))
-        publish(self.problem, result, settings_of(self.options), graph, module, self.world)
 
     # -- what stages share
 

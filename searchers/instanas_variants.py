@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latbench.errors import UsageError
-from searchers.base import Scalar, SearchResult
+from searchers.base import Scalar
 from searchers.data import Batches
 from searchers.derive import write_network
 from searchers.instanas_controller import Controller, controller_graph
@@ -184,17 +184,22 @@ def image_rows(exam: Exam, costs: Costs) -> list[Mapping[str, Scalar]]:
 
 
 def write_beside(
-    result: SearchResult, controller: Controller, graph: MetaGraph, chosen: Variant, held_out: Exam, costs: Costs
+    variants: Sequence[Mapping[str, Scalar]],
+    controller: Controller,
+    graph: MetaGraph,
+    chosen: Variant,
+    held_out: Exam,
+    costs: Costs,
 ) -> None:
     """The weights of both, the controller as ONNX, variants and images as tables, the images' latencies drawn."""
     out = costs.problem.out
     save_weights(out / WEIGHTS, controller, graph, chosen.prices)
     write_network(out / CONTROLLER, controller_graph(costs.space), controller.body)
-    write_history(out / VARIANTS, result.notes["variants"])
+    write_history(out / VARIANTS, variants)
     write_history(out / IMAGES, image_rows(held_out, costs))
     if find_spec("matplotlib") is not None:
         units = [oracle.unit for oracle in costs.oracles]
-        draw_latencies(out / HISTOGRAM, costs.latencies(held_out.policies).numpy(), result.target, units)
+        draw_latencies(out / HISTOGRAM, costs.latencies(held_out.policies).numpy(), costs.problem.targets, units)
 
 
 def notes_of(costs: Costs, chosen: Variant, held_out: Exam, test: Exam) -> dict[str, Any]:

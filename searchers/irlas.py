@@ -49,7 +49,7 @@ from searchers.early_stop import EarlyStop, ShortTraining, Standardised
 from searchers.evaluators import Evaluator, HeldOut, Lookups, open_evaluator
 from searchers.options import settings_of
 from searchers.qlearning import SCHEDULE, Floats, Learner, Process, Rates, Trajectory, epsilons
-from searchers.results import NETWORK, write_bytes
+from searchers.results import write_bytes
 from searchers.world import World
 
 STATE, LOOKUPS, FINALISTS = "search.npz", "lookups.json", "finalists"  # in a problem's folder
@@ -151,14 +151,14 @@ class IRLAS:
         finals = [self._final(problem, splits, arch, reporter) for _, arch in ranked[: self.finalists]]
         place = max(range(len(finals)), key=lambda i: finals[i][1])
         (score, arch), (module, accuracy) = ranked[place], finals[place]
-        result = SearchResult(
-            searcher=self.name,
+        return publish(
+            problem,
+            self,
+            module,
+            world,
             arch=arch,
-            predicted=problem.predicted(arch),
-            target=problem.targets,
             score=score,
-            history=tuple(history),
-            network=problem.out / NETWORK,
+            history=history,
             notes={
                 "accuracy": accuracy,  # on the held-out images, trained in the deployed stack
                 "code": format_codes(space.codes(arch)),
@@ -172,8 +172,6 @@ class IRLAS:
                 ],
             },
         )
-        publish(problem, result, settings_of(self), space.network(arch), module, world)
-        return result
 
     def mirror(self, space: IRLASSpace) -> mirror.Mirror:
         """The trained mirror stimuli function. Raises UsageError where an expert does not fit the space."""
@@ -210,7 +208,7 @@ class IRLAS:
         return float(value / 100)
 
     def _identity(self, problem: Problem, *, world_size: int) -> dict[str, Any]:
-        options = {name: value for name, value in settings_of(self).items() if name not in FINAL}
+        options = settings_of(self, without=FINAL)
         return {**problem.identity(options), "seed": problem.seed, "processes": world_size}
 
     def _evaluator(self, problem: Problem, splits: Splits) -> Evaluator:

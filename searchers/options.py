@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, cast
 
 from latbench.errors import UsageError
@@ -14,9 +14,9 @@ from searchers.base import Scalar
 S = TypeVar("S")
 
 
-def settings_of(searcher: Any) -> dict[str, Scalar]:
-    """Option -> value; ``from_settings`` is its inverse."""
-    return dataclasses.asdict(searcher)
+def settings_of(searcher: Any, *, without: Collection[str] = ()) -> dict[str, Scalar]:
+    """Option -> value, but for those named in `without`; ``from_settings`` is its inverse."""
+    return {name: value for name, value in dataclasses.asdict(searcher).items() if name not in without}
 
 
 def from_settings(kind: type[S], settings: Mapping[str, Any]) -> S:

@@ -26,7 +26,6 @@ from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult
 from searchers.derive import Recipe, publish
 from searchers.evaluators import QUICK, Lookups, Trained, open_evaluator
 from searchers.options import settings_of
-from searchers.results import NETWORK
 from searchers.slow_fast import violations
 from searchers.world import World
 
@@ -69,7 +68,7 @@ class RandomSearch:
         """As ``Searcher.search``; with more `evaluations` it goes on from those made before."""
         problem.check_feasible()
         drawn = draw(problem, self.evaluations, np.random.default_rng((problem.seed, 0xD1CE)))
-        options = {name: value for name, value in settings_of(self).items() if name != "evaluations"}
+        options = settings_of(self, without=["evaluations"])
         lookups = Lookups(
             open_evaluator(self.evaluator, problem, recipe=self.recipe),
             problem.space,
@@ -79,18 +78,16 @@ class RandomSearch:
         history = self._evaluate(problem, drawn.archs, lookups, reporter)
         arch, score = lookups.best(drawn.archs)
         module, accuracy = Trained(problem, self.recipe).train(arch, reporter=reporter)
-        result = SearchResult(
-            searcher=self.name,
+        return publish(
+            problem,
+            self,
+            module,
+            World.here(),
             arch=arch,
-            predicted=problem.predicted(arch),
-            target=problem.targets,
             score=score,
             history=history,
-            network=problem.out / NETWORK,
             notes={"accuracy": accuracy, "evaluations": len(drawn.archs), **drawn.notes},
         )
-        publish(problem, result, settings_of(self), problem.space.network(arch), module, World.here())
-        return result
 
     def _evaluate(
         self, problem: Problem, archs: list[Arch], lookups: Lookups, reporter: Reporter | None

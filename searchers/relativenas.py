@@ -41,7 +41,6 @@ from searchers.data import Splits
 from searchers.derive import inherit, module_of, num_classes, publish
 from searchers.options import settings_of
 from searchers.relativenas_judges import Asked, Judge, Ranked, Trained, Training
-from searchers.results import NETWORK
 from searchers.slow_fast import Floats, Ints, Population, first_wins, mend, upper_bounds, violations
 from searchers.train import Loop, Position
 from searchers.world import World
@@ -89,18 +88,16 @@ class RelativeNAS(Training):
         weights = inherited or weights_of(module_of(graph))
         splits = Splits.of(problem, num_classes(graph), held_out=self.held_out)
         module, _ = inherit(problem, graph, weights, splits, world, self.batch_size)
-        result = SearchResult(
-            searcher=self.name,
+        return publish(
+            problem,
+            self,
+            module,
+            world,
             arch=chosen.arch,
-            predicted=problem.predicted(chosen.arch),
-            target=problem.targets,
             score=-chosen.loss,
             history=history,
-            network=problem.out / NETWORK,
             notes={**chosen.figures, "inherited": inherited is not None, **notes},
         )
-        publish(problem, result, settings_of(self), graph, module, world)
-        return result
 
     def _run(
         self, problem: Problem, course: _Course, judge: Judge, world: World, reporter: Reporter | None
@@ -110,7 +107,7 @@ class RelativeNAS(Training):
             problem.out,
             "search",
             {"course": course, **judge.parts},
-            identity=problem.identity({k: v for k, v in settings_of(self).items() if k != "generations"}),
+            identity=problem.identity(settings_of(self, without=["generations"])),
             epochs=self.generations,
             seed=problem.seed,
             world=world,

@@ -41,7 +41,6 @@ from searchers.chains import Floats, Ints
 from searchers.data import Batch, Batches, Splits, eval_transform, train_batches
 from searchers.derive import inherit, num_classes, publish
 from searchers.options import settings_of
-from searchers.results import NETWORK
 from searchers.tfnas_supernet import ChannelSGD, Choices, Supernet, bi_sample
 from searchers.tfnas_widths import Budgets, Operations, derive, scale, settle, spare_steps
 from searchers.train import Loop, Position, cosine
@@ -111,14 +110,14 @@ class TFNAS:
         graph = problem.space.network(arch)
         weights = run.net.weights(graph, ops)
         module, accuracy = inherit(problem, graph, weights, run.splits, world, self.batch_size)
-        result = SearchResult(
-            searcher=self.name,
+        return publish(
+            problem,
+            self,
+            module,
+            world,
             arch=arch,
-            predicted=problem.predicted(arch),
-            target=problem.targets,
             score=accuracy,
             history=history,
-            network=problem.out / NETWORK,
             notes={
                 "accuracy": accuracy,
                 "spare_steps": spare_steps(budgets, ops, widths),  # below 1: no block can be one option wider
@@ -126,8 +125,6 @@ class TFNAS:
                 "depths": run.choices.depth_probs().tolist(),  # (18,), each stage's in its blocks' places
             },
         )
-        publish(problem, result, settings_of(self), graph, module, world)
-        return result
 
 
 class _Run:
@@ -180,7 +177,7 @@ class _Run:
                 "choice_update": self.choice_update,
                 "means": self.means,
             },
-            identity=self.problem.identity({k: v for k, v in settings_of(self.options).items() if k != "epochs"}),
+            identity=self.problem.identity(settings_of(self.options, without=["epochs"])),
             epochs=self.options.epochs,
             seed=self.problem.seed,
             world=self.world,
