@@ -148,8 +148,8 @@ def command(
         rest = {"clock_mhz": lock_clocks, "context": "isolated", "fold_bn": fold_bn != "off"}
         float_dtype: DType | None = "float32" if dtype == "int8" else dtype
         chosen, _ = target_of(device, name, float_dtype, threads, options, plan, **rest)
-        own_limit_s: float = getattr(chosen.backend_class, "load_limit_s", plan.load_limit_s)
-        chosen = replace(chosen, plan=replace(plan, load_limit_s=load_limit or own_limit_s))
+        if load_limit is not None:
+            chosen = replace(chosen, plan=replace(chosen.plan, load_limit_s=load_limit))
         if builds is None:
             return chosen
         fresh: Mapping[str, Any] = getattr(chosen.backend_class, "fresh_build", {})

@@ -93,8 +93,6 @@ def command(
     plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
     rest = {"clock_mhz": lock_clocks, "context": context, "fold_bn": fold_bn}
     target, dtype = target_of(device, backend, dtype, threads, options, plan, **rest)
-    plan = replace(plan, load_limit_s=getattr(target.backend_class, "load_limit_s", plan.load_limit_s))
-    target = replace(target, plan=plan)
     space: SearchSpace = space_class.from_settings(
         {
             "batch": batch,
@@ -105,8 +103,7 @@ def command(
     )
     if cache != "warm":
         sweep_bytes = COLD_SWEEP_BYTES if cache == "cold" else median_weight_bytes(space)
-        plan = replace(plan, sweep_bytes=sweep_bytes)
-        target = replace(target, plan=plan)
+        target = replace(target, plan=replace(target.plan, sweep_bytes=sweep_bytes))
     path = output or Path(_file_name(space, target))
     if dry_run:
         jobs = wanted(space, target, networks, only)
@@ -114,7 +111,7 @@ def command(
         plain = {
             "rows": len(jobs),
             **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "chain", "network")},
-            "estimated_s": round(duration_s(jobs, plan), 1),
+            "estimated_s": round(duration_s(jobs, target.plan), 1),
             "output": str(path),
         }
         click.echo(json.dumps(plain) if as_json else _dry(plain, target, space))

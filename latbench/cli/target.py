@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from latbench import devices, plugins
@@ -25,7 +26,10 @@ def target_of(
     clock_mhz: int | None = None,
     **rest: Any,
 ) -> tuple[Target, DType]:
-    """The target, and the dtype: the one asked for, else the device's. Raises UsageError, EnvironmentUnfitError."""
+    """The target, and the dtype: the one asked for, else the device's. Raises UsageError, EnvironmentUnfitError.
+
+    Its plan is `plan` with the back-end's own limit on loading, where it has one: builds take minutes.
+    """
     simulated = backend is not None and plugins.load("latbench.backends", backend).clock == "model"
     selection = devices.select(device, simulated=simulated)
     profile = selection.profile
@@ -53,6 +57,7 @@ def target_of(
     if clock_mhz is not None and (simulated or profile.kind != "gpu"):
         raise UsageError(f"--lock-clocks holds a GPU's clock still; {profile.title} is none (see: latbench doctor)")
     name = profile.title if simulated else _name(selection)
+    plan = replace(plan, load_limit_s=getattr(backend_class, "load_limit_s", plan.load_limit_s))
     return Target(profile.name, name, backend, chosen, plan, python=python, clock_mhz=clock_mhz, **rest), dtype
 
 

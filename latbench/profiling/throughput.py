@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from latbench.errors import MeasurementError, UsageError
 from latbench.measure.base import WorkerSetup
@@ -44,7 +44,7 @@ class _StreamsTarget(Target):
     streams: int = 0
 
     def launcher(self) -> LocalLauncher:
-        spec: str = getattr(self.backend_class, "streams")  # noqa: B009  (a variant is no part of the protocol)
+        spec: str = cast(Any, self.backend_class).streams  # a variant is no part of the protocol
         cpus = cpus_for(self.streams * int(self.options.get("threads", 1)))  # of no stream: all there are
         setup = WorkerSetup(spec, {**self.options, "streams": self.streams}, cpus)
         return LocalLauncher(setup, python=self.python) if self.python else LocalLauncher(setup)
