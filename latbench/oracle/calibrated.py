@@ -259,7 +259,7 @@ class CalibratedOracle:
     def _line(self, archs: NDArray[np.int64]) -> tuple[float, list[Factor]]:
         """What weights beyond the cache cost as a straight line in the weights of each class: constant and factors."""
         assert self.capacity is not None
-        held = self.capacity.weights
+        held = self.capacity.footprint
         x = np.column_stack([held.of(archs), np.ones(len(archs))])
         scale = np.maximum(np.abs(x).max(0), 1.0)
         found = np.linalg.lstsq(x / scale, (1 + self._theta[0]) * self.capacity.excess(archs), rcond=None)[0] / scale

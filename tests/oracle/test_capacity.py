@@ -1,7 +1,8 @@
-"""Weights beyond the cache, read from chains of blocks whose cost is known."""
+"""Weights and maps beyond the cache, read from chains of blocks whose cost is known."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from latbench.graph.ops import Conv2d
 from latbench.oracle.base import one_hot
 from latbench.oracle.calibrated import CalibratedOracle
 from latbench.oracle.capacity import Capacity
@@ -20,12 +22,20 @@ from latbench.tables import LatencyTable, Provenance, Row
 from latbench.testing import OracleConformance
 
 SPACE = MobileNetV1Space(resolution=64)
-FITS = 2.5e6  # weights
-RISE = 2e-9  # ms per weight and MiB of float32 weights beyond
+FITS = 2.5e6  # elements
+RISE = 2e-9  # ms per element and MiB of float32 beyond
 
 
-def paid(n_params: float, total: float) -> float:
-    return n_params * RISE * 4 / 2**20 * max(total - FITS, 0.0)
+def paid(elements: float, footprint: float) -> float:
+    return elements * RISE * 4 / 2**20 * max(footprint - FITS, 0.0)
+
+
+def maps(block) -> int:
+    """What the convolution that reads and writes the most has around it."""
+    convolutions = [node for node in block.nodes if isinstance(node.op, Conv2d)]
+    if not convolutions:
+        return 0
+    return max(math.prod(block.shapes[n.inputs[0]]) + math.prod(block.shapes[n.name]) for n in convolutions)
 
 
 def table() -> LatencyTable:
@@ -37,7 +47,7 @@ def table() -> LatencyTable:
     ]  # fmt: skip
     for block, n in chains(SPACE):
         graph = chain(block, n)
-        ms = 8e-8 * graph.n_params + 1e-3 * n + paid(graph.n_params, graph.n_params)
+        ms = 8e-8 * graph.n_params + 1e-3 * n + paid(graph.n_params, graph.n_params + maps(block))
         rows.append(Row(graph.key, "chain", graph.signature, macs=graph.macs, n_params=graph.n_params, latency_ms=ms))
     return LatencyTable.from_rows(
         rows, Provenance("cpu", "x", "onnxruntime", space=SPACE.name, settings=SPACE.settings())
@@ -52,8 +62,10 @@ ARCHS = np.array([SPACE.sample(RNG) for _ in range(200)], np.int64)
 
 
 def truth(archs) -> np.ndarray:
-    totals = [sum(b.n_params for b in SPACE.blocks(tuple(arch))) for arch in archs.tolist()]
-    return np.array([paid(n, n) for n in totals])
+    """A network's weights, and its largest maps once."""
+    networks = [list(SPACE.blocks(tuple(arch))) for arch in archs.tolist()]
+    footprints = [sum(b.n_params for b in blocks) + max(map(maps, blocks)) for blocks in networks]
+    return np.array([paid(n, n) for n in footprints])
 
 
 @cache
