@@ -35,7 +35,6 @@ from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetu
 from latbench.measure.monitor import Monitor, NoMonitor, monitor_of
 from latbench.measure.probe import CacheProbe, WaitClock, probe_us, timer_cost_ns
 
-QUIET_RUNS = 6  # inferences between a cache probe and the samples
 Say = Callable[[dict[str, Any]], None]
 
 FOREIGN_LOAD = 0.01  # share of a block's time spent waiting for a core beyond which the block is flagged
@@ -180,12 +179,12 @@ class Sampler:
             with self.backend.load(Path(request.artifact)) as runner:
                 about["load_ms"] = 1e3 * (time.perf_counter() - begin)
                 say({"stage": (stage := "warmup")})
+                quiet = plan.quiet_wait_s > 0 and self.probed
+                cache_us = self.await_quiet(request) if quiet else ()
                 begin = time.perf_counter()
                 about["first_inference_ms"], single_ms = warm_up(runner, plan)
                 about["warmup_ms"] = 1e3 * (time.perf_counter() - begin)
                 say({"stage": (stage := "measure")})
-                quiet = plan.quiet_wait_s > 0 and self.probed
-                cache_us = self.await_quiet(runner, request) if quiet else ()
                 about |= self.block(runner, plan, single_ms)
                 if quiet and self.cache is not None:
                     about["cache_us"] = (*cache_us, self.cache.us())
@@ -244,18 +243,16 @@ class Sampler:
             "warnings": tuple(warnings),
         }
 
-    def await_quiet(self, runner: Runner, request: Request) -> tuple[float, ...]:
+    def await_quiet(self, request: Request) -> tuple[float, ...]:
         """Waits for a quiet moment of the shared cache, as long as the plan allows; the last cache probe.
 
-        The probe displaces the model: a few inferences bring it back.
+        Before the warm-up: the probe displaces the model, and it takes tens of milliseconds of inferences to return.
         """
         self.cache = self.cache or CacheProbe()
         end = time.perf_counter() + request.plan.quiet_wait_s
         us = self.cache.us()
         while us > request.quiet_us > 0 and time.perf_counter() < end:
             us = self.cache.us()
-        for _ in range(QUIET_RUNS):
-            runner.sample(1)
         return (us,)
 
     def evict(self, nbytes: int) -> None:
