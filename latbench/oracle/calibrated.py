@@ -119,7 +119,10 @@ class CalibratedOracle:
         return cast(P, found)
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
-        """By errors of networks left out over the predictive standard deviation; None with too few networks."""
+        """(N, D) -> (N,) and (N,) ms, by errors of networks left out over the predictive standard deviation.
+
+        None with too few networks.
+        """
         if self.calibration is None or self.calibration.quantile(confidence) is None:
             return None
         predicted, sd = self._predict(check_archs(self.space, archs))
@@ -257,14 +260,19 @@ class CalibratedOracle:
         return FactorOracle(self.space, (Factor("network", tuple(range(len(shape))), values),), self.provenance)
 
     def _line(self, archs: NDArray[np.int64]) -> tuple[float, list[Factor]]:
-        """What weights beyond the cache cost as a straight line in the weights of each class: constant and factors."""
+        """What is beyond the caches as a straight line in the elements of each class: constant and factors."""
         assert self.capacity is not None
-        held = self.capacity.footprint
-        x = np.column_stack([held.of(archs), np.ones(len(archs))])
+        elements, held, share = self.capacity.footprint, self.capacity.held, 1 + self._theta[0]
+        x = np.column_stack([elements.of(archs), np.ones(len(archs))])
         scale = np.maximum(np.abs(x).max(0), 1.0)
-        found = np.linalg.lstsq(x / scale, (1 + self._theta[0]) * self.capacity.excess(archs), rcond=None)[0] / scale
-        per_class, offset = found[:-1], float(found[-1] + held.constant @ found[:-1])
-        return offset, [Factor(f"cache{i}", scope, values @ per_class) for i, (scope, values) in enumerate(held.parts)]
+        paid = share * (self.capacity.excess(archs) + held.of(archs)[:, 0])
+        found = np.linalg.lstsq(x / scale, paid, rcond=None)[0] / scale
+        offset = found[-1] + elements.constant @ found[:-1] - share * held.constant[0]
+        parts = [
+            *((scope, values @ found[:-1]) for scope, values in elements.parts),
+            *((scope, -share * values[..., 0]) for scope, values in held.parts),
+        ]
+        return float(offset), [Factor(f"cache{i}", scope, values) for i, (scope, values) in enumerate(parts)]
 
 
 _POSTERIOR = ("log_widths", "phi", "weights", "sums_ms", "inverse", "alpha")

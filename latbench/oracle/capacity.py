@@ -1,18 +1,19 @@
-"""``Capacity``: what a network pays because it does not fit the last-level cache, read from a table's chains.
+"""``Capacity``: what a network pays because it does not fit the caches, read from a table's chains.
 
 A network touches its footprint once an inference: its weights, and the memory of its maps, which a runtime uses again
 and again and which is as large as the maps around its most demanding convolution. A chain is one block repeated,
-measured like a network (``profiling.chains``). Its time per weight is flat while the chain fits the cache and rises
-with its footprint beyond. For each class of blocks (multiply-accumulates per element) the rise is a non-decreasing
-piecewise linear function of the footprint; weights and maps belong to the class nearest to their block's. A network
-pays, for every element of a class, the rise at the network's own footprint: no figure of a network enters.
+measured like a network (``profiling.chains``). Its time per weight is flat while the chain fits a cache and rises
+with its footprint beyond: the core's own cache, then the last level. For each class of blocks (multiply-accumulates
+per element) the rise is a non-decreasing piecewise linear function of the footprint; weights and maps belong to the
+class nearest to their block's. A network pays, for every element of a class, the rise at the network's footprint less
+the rise at its block's, which the block's own latency holds already. No figure of a network enters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,15 @@ from latbench.oracle.features import Additive, additive
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable
 
+_ADDITIVE = ("footprint", "held")
+
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
     """The rises of G classes as sums of P hinges each, and how an architecture's footprint falls into the classes."""
 
     footprint: Additive  # (G,) elements of an architecture by class: weights, and the site of the largest maps
+    held: Additive  # (1,) ms of it that the blocks' own latencies hold
     knots: Floats  # (G, P) whole footprints
     gains: Floats  # (G, P) change of slope there: ms per element and element; 0 pads
 
@@ -44,96 +48,141 @@ class Capacity:
         if frame.empty:
             return None
         ms = frame["latency_ref_ms"].fillna(frame["latency_ms"])
-        chains = frame.assign(ms=ms, intensity=(frame["macs"] / frame["n_params"]).round(6))
+        chains = frame.assign(ms=ms, intensity=(frame["macs"] / frame["n_params"]).round(6)).sort_values("n_params")
         maps = {round(block.macs / block.n_params, 6): _maps(block) for block in _weighty(space)}
-        hinges = {
-            float(intensity): _hinges(
-                part["n_params"].to_numpy(np.float64), maps[intensity], part["ms"].to_numpy(np.float64)
-            )
-            for intensity, part in chains.sort_values("n_params").groupby("intensity")
-            if len(part) > 2 and intensity in maps
-        }
-        if not hinges:
+        curves: dict[int, _Curve] = {}  # by class: the nearest power of two
+        logs: dict[int, float] = {}
+        for intensity, part in sorted(chains.groupby("intensity"), key=lambda found: found[1]["n_params"].iloc[0]):
+            if len(part) < 3 or intensity not in maps:
+                continue
+            group = round(math.log2(intensity))
+            weights = part["n_params"].to_numpy(np.float64)
+            curve = _Curve.of(weights, maps[intensity], part["ms"].to_numpy(np.float64))
+            curves[group] = curves[group].then(curve) if group in curves else curve
+            logs[group] = math.log(intensity)
+        if not curves:
             return None
+        hinges = {logs[group]: curve.hinges() for group, curve in sorted(curves.items())}
         width = max(len(knots) for knots, _ in hinges.values())
         knots, gains = np.zeros((2, len(hinges), width))
         for g, (at, rise) in enumerate(hinges.values()):
             knots[g, : len(at)], gains[g, : len(at)] = at, rise
-        return cls(_by_class(space, list(hinges)), knots, gains)
+        footprint, held = _by_class(space, np.array(list(hinges)), knots, gains)
+        return cls(footprint, held, knots, gains)
 
     def excess(self, archs: NDArray[np.int64]) -> Floats:
         """(N, D) option indices -> (N,) ms."""
-        held = self.footprint.of(archs)
-        return np.asarray(self._excess(held, held.sum(-1), None, None))
+        elements = self.footprint.of(archs)
+        paid = np.asarray(self._excess(elements, elements.sum(-1), None, None))
+        return paid - self.held.of(archs)[:, 0]
 
     def expected(self, probs: Any) -> Any:
         """(..., D, K) probabilities, numpy or torch -> (...) ms.
 
         The footprint of the sampled networks counts as Gaussian; for single architectures it is exact.
         """
-        held = self.footprint.expected(probs)
+        elements = self.footprint.expected(probs)
         covariance = self.footprint.covariance(probs)  # (..., G): of each class with the total
-        return self._excess(held, held.sum(-1), covariance, covariance.sum(-1))
+        paid = self._excess(elements, elements.sum(-1), covariance, covariance.sum(-1))
+        return paid - self.held.expected(probs)[..., 0]
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and JSON; ``from_state`` is its inverse."""
-        parts = {f"footprint/{i}": values for i, (_, values) in enumerate(self.footprint.parts)}
-        arrays = {"footprint/constant": self.footprint.constant, "knots": self.knots, "gains": self.gains, **parts}
-        return arrays, {"scopes": [list(scope) for scope, _ in self.footprint.parts]}
+        arrays, scopes = {"knots": self.knots, "gains": self.gains}, {}
+        for name in _ADDITIVE:
+            figures: Additive = getattr(self, name)
+            arrays[f"{name}/constant"] = figures.constant
+            arrays |= {f"{name}/{i}": values for i, (_, values) in enumerate(figures.parts)}
+            scopes[name] = [list(scope) for scope, _ in figures.parts]
+        return arrays, {"scopes": scopes}
 
     @classmethod
     def from_state(cls, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> Capacity:
-        parts = tuple((tuple(scope), arrays[f"footprint/{i}"]) for i, scope in enumerate(meta["scopes"]))
-        names = tuple(f"class{g}" for g in range(len(arrays["knots"])))
-        return cls(Additive(names, arrays["footprint/constant"], parts), arrays["knots"], arrays["gains"])
+        """Inverse of ``state``. Raises KeyError where something is missing."""
+        found = {}
+        for name in _ADDITIVE:
+            parts = tuple((tuple(scope), arrays[f"{name}/{i}"]) for i, scope in enumerate(meta["scopes"][name]))
+            constant = arrays[f"{name}/constant"]
+            found[name] = Additive(tuple(f"{name}{g}" for g in range(len(constant))), constant, parts)
+        return cls(**found, knots=arrays["knots"], gains=arrays["gains"])
 
-    def _excess(self, held: Any, total: Any, covariance: Any, variance: Any) -> Any:
-        """sum_g E[B_g e_g(W)] = sum_g E[B_g] E[e_g(W)] + Cov(B_g, W) E[e_g'(W)], W Gaussian (Stein's lemma)."""
-        make = held.new_tensor if hasattr(held, "new_tensor") else np.asarray
+    def _excess(self, elements: Any, total: Any, covariance: Any, variance: Any) -> Any:
+        """sum_g E[B_g e_g(F)] = sum_g E[B_g] E[e_g(F)] + Cov(B_g, F) E[e_g'(F)], F Gaussian (Stein's lemma)."""
+        make = elements.new_tensor if hasattr(elements, "new_tensor") else np.asarray
         beyond, gains = total[..., None, None] - make(self.knots), make(self.gains)
         if variance is None:
-            return (held * (beyond * (beyond > 0) * gains).sum(-1)).sum(-1)
+            return (elements * (beyond * (beyond > 0) * gains).sum(-1)).sum(-1)
         wide = variance > 1  # element squared: below it a single network
         sd = (variance * wide + 1 * ~wide)[..., None, None] ** 0.5
         share, density = _normal(beyond / sd)
         sure = ~wide[..., None, None]
         step = share * ~sure + (beyond > 0) * sure
         rise = beyond * step + sd * density * ~sure
-        return (held * (rise * gains).sum(-1)).sum(-1) + (covariance * (step * gains).sum(-1)).sum(-1)
+        return (elements * (rise * gains).sum(-1)).sum(-1) + (covariance * (step * gains).sum(-1)).sum(-1)
 
 
-def _hinges(weights: Floats, maps: int, ms: Floats) -> tuple[Floats, Floats]:
-    """Knots and changes of slope of the rise of ms per weight over the chains' footprints, ascending."""
-    rise = np.asarray(isotonic_regression(ms / weights).x, np.float64)
-    slopes = np.diff(rise - rise[0]) / np.diff(weights)
-    return weights[:-1] + maps, np.diff(slopes, prepend=0.0)
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """How much more an element costs than in a chain that fits: ms, non-decreasing over the footprint."""
+
+    footprint: Floats
+    rise: Floats
+
+    @classmethod
+    def of(cls, weights: Floats, maps: int, ms: Floats) -> _Curve:
+        """Of the chains of one block, by ascending weights."""
+        per_weight = np.asarray(isotonic_regression(ms / weights).x, np.float64)
+        return cls(weights + maps, per_weight - per_weight[0])
+
+    def then(self, other: _Curve) -> _Curve:
+        """This one where the other has not begun, which stands on what this one has reached there."""
+        before = self.footprint < other.footprint[0]
+        reached = np.interp(other.footprint[0], self.footprint, self.rise)
+        return _Curve(
+            np.concatenate([self.footprint[before], other.footprint]),
+            np.concatenate([self.rise[before], other.rise + reached]),
+        )
+
+    def hinges(self) -> tuple[Floats, Floats]:
+        """Knots and the changes of slope there."""
+        return self.footprint[:-1], np.diff(np.diff(self.rise) / np.diff(self.footprint), prepend=0.0)
 
 
-def _by_class(space: FactoredSpace, intensities: list[float]) -> Additive:
-    """Weights of every block, and the maps of the site whose blocks hold the most, by nearest class."""
-    logs = np.log(intensities)
-
-    def nearest(macs: int, elements: int) -> int:
-        return int(np.argmin(np.abs(logs - math.log(max(macs, 1) / elements))))
-
-    def figures(block: Graph) -> dict[str, float]:
-        found = {f"class{g}": 0.0 for g in range(len(logs))}
-        if block.n_params:
-            found[f"class{nearest(block.macs, block.n_params)}"] = float(block.n_params)
-        return found
-
-    weights = additive(space, figures)
-    held: dict[str, list[int]] = {}
+def _by_class(space: FactoredSpace, logs: Floats, knots: Floats, gains: Floats) -> tuple[Additive, Additive]:
+    """What a ``Capacity`` sums up: elements by the class of nearest log, and ms that the blocks hold."""
+    maps: dict[str, list[int]] = {}
     for site, _, block in space.slots():
-        held.setdefault(site.name, []).append(_maps(block))
-    (peak,) = (site for site in space.sites if site.name == max(held, key=lambda name: float(np.mean(held[name]))))
-    values = np.zeros((*(len(space.decisions[d].options) for d in peak.scope), len(logs)))
-    for site, picks, block in space.slots():
-        if site == peak and (maps := _maps(block)):
-            values[picks][nearest(block.macs, maps)] = maps
-    if not peak.scope:
-        return replace(weights, constant=weights.constant + values)
-    return replace(weights, parts=(*weights.parts, (peak.scope, values)))
+        maps.setdefault(site.name, []).append(_maps(block))
+    peak = max(maps, key=lambda name: float(np.mean(maps[name])))
+    (site,) = (site for site in space.sites if site.name == peak)
+    inner = additive(space, lambda block: _figures(_elements(block, logs), block, knots, gains))
+    values = np.zeros((*(len(space.decisions[d].options) for d in site.scope), len(inner.names)))
+    for one, picks, block in space.slots():
+        if one == site:
+            found = _figures(_elements(block, logs, maps=True), block, knots, gains)
+            values[picks] = [found[name] for name in inner.names]
+    parts, constant = inner.parts, inner.constant
+    if site.scope:
+        parts = (*parts, (site.scope, values))
+    else:
+        constant = constant + values
+    whole = Additive(inner.names, constant, parts)
+    return whole.take(range(len(logs))), whole.take([len(logs)])
+
+
+def _elements(block: Graph, logs: Floats, *, maps: bool = False) -> Floats:
+    """(G,) weights of a block, or its maps, in the class nearest to its multiply-accumulates per one of them."""
+    found = np.zeros(len(logs))
+    if n := _maps(block) if maps else block.n_params:
+        found[int(np.argmin(np.abs(logs - math.log(max(block.macs, 1) / n))))] = n
+    return found
+
+
+def _figures(elements: Floats, block: Graph, knots: Floats, gains: Floats) -> dict[str, float]:
+    """The elements by class, and what they pay at the block's own footprint: ms."""
+    beyond = block.n_params + _maps(block) - knots
+    paid = elements @ (beyond * (beyond > 0) * gains).sum(-1)
+    return {**{f"class{g}": float(n) for g, n in enumerate(elements)}, "held": float(paid)}
 
 
 def _maps(block: Graph) -> int:

@@ -54,7 +54,7 @@ class Conformal:
 
 
 def coverage(interval: tuple[Floats, Floats], measured: Sequence[float] | Floats) -> float:
-    """The share of measurements that lie inside."""
+    """The share of (N,) measurements that lie inside (N,) and (N,)."""
     low, high = interval
     y = np.asarray(measured)
     return float(((low <= y) & (y <= high)).mean())

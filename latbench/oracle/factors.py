@@ -125,7 +125,7 @@ class FactorOracle:
         return cast(P, total)
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
-        """Split-conformal, relative to the prediction; None without kept-out networks."""
+        """(N, D) -> (N,) and (N,), split-conformal, relative to the prediction; None without kept-out networks."""
         if self.calibration is None:
             return None
         return self.calibration.interval(self.latencies(archs), confidence)

@@ -60,7 +60,7 @@ class MeasuredOracle:
         return self._ask(check_archs(self.space, archs))[:, 0]
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
-        """The measurements' own intervals, restated at this confidence as those of a normal error."""
+        """(N, D) -> (N,) and (N,) ms: the measurements' own intervals, restated for this confidence."""
         if not 0 < confidence < 1:
             raise UsageError(f"a confidence lies between 0 and 1, got {confidence}")
         ms, low, high = self._ask(check_archs(self.space, archs)).T

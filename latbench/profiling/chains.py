@@ -1,11 +1,13 @@
-"""Chains of one block with ever more weights: what a network pays whose weights do not fit the last-level cache.
+"""Chains of one block with ever more weights: what a network pays that does not fit the caches.
 
-A block measured by itself, in context or not, finds its weights in the cache. In a network of more weights than the
-cache keeps they come from memory each time, and sums of blocks fall short: by 4 to 9 % for the wider half of
-MobileNets of 1 to 35 MB on a server core that has 16 MiB to itself. A chain of one block, measured like a network,
-tells the excess per weight as the total grows, for every class of blocks that holds a good part of a space's weights:
-blocks of many multiply-accumulates per weight hide the loads behind their arithmetic. ``oracle.capacity`` adds it to
-the sums; nothing is fitted to networks.
+A block measured by itself, in context or not, finds its weights in the core's own cache, or in the last-level one. In
+a network of more weights than a cache keeps they come from further away each time, and sums of blocks fall short: by
+4 to 11 % for the wider half of MobileNets of 1 to 35 MB on a server core that has 16 MiB of the last level, by 16 %
+for those of 0.5 to 3 MB at 32 pixels, which exceed the core's own megabyte. A chain of one block, measured like a
+network, tells the excess per weight as the total grows, for every class of blocks that holds a good part of a space's
+weights: blocks of many multiply-accumulates per weight hide the loads behind their arithmetic. Small blocks tell what
+leaving the core's cache costs, larger ones what leaving the last level does. ``oracle.capacity`` adds it to the sums;
+nothing is fitted to networks.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import numpy as np
 from latbench.graph.ir import Graph, GraphBuilder
 from latbench.spaces.base import FactoredSpace
 
-FITS_BYTES = 8 << 20  # networks of fewer weights are taken to fit every cache: no chains
-BASE_BYTES = (4 << 20, 8 << 20)  # totals at which a chain still fits
-GROWTH = 1.25  # between the totals beyond
-BLOCK_BYTES = 1 << 20  # what a chain's block weighs, best
+# Totals of weights around what a core keeps to itself, the ratio between them, what a block of theirs weighs, best:
+OWN_FIRST, OWN_LAST, OWN_GROWTH, OWN_BLOCK_BYTES = 256 << 10, 4 << 20, 1.5, 128 << 10
+# ... around what the last-level cache keeps: two that fit, then on to the largest network.
+SHARED_FIT, SHARED_FIRST, SHARED_GROWTH, SHARED_BLOCK_BYTES = (4 << 20, 8 << 20), 10 << 20, 1.25, 1 << 20
 MIN_SHARE = 0.05  # of a space's weights, below which a class of blocks is left out
 SAMPLED = 101  # architectures
 
@@ -29,15 +31,17 @@ SAMPLED = 101  # architectures
 def chains(space: FactoredSpace) -> Iterator[tuple[Graph, int]]:
     """(block, how many of it) of every chain worth measuring; nothing where the space's networks are small."""
     largest, held = _weights(space)
-    if largest <= FITS_BYTES:
-        return
-    totals = [*BASE_BYTES, *np.geomspace(10 << 20, largest, _steps(largest)).tolist()]
+    plans = [(OWN_BLOCK_BYTES, _totals(OWN_FIRST, min(OWN_LAST, largest), OWN_GROWTH))]
+    if largest > SHARED_FIRST:
+        plans.append((SHARED_BLOCK_BYTES, [*SHARED_FIT, *_totals(SHARED_FIRST, largest, SHARED_GROWTH)]))
     whole = sum(held.values())
-    for intensity, share in sorted(held.items()):
-        block = _typical(space, intensity)
-        if share < MIN_SHARE * whole or block is None:
-            continue
-        yield from ((block, n) for n in dict.fromkeys(max(1, round(total / _nbytes(block))) for total in totals))
+    for intensity in sorted(intensity for intensity, share in held.items() if share >= MIN_SHARE * whole):
+        found: dict[tuple[str, int], tuple[Graph, int]] = {}
+        for nbytes, totals in plans:
+            if (block := _typical(space, intensity, nbytes)) is not None:
+                numbers = [max(1, round(total / _nbytes(block))) for total in totals]
+                found |= {(block.key, n): (block, n) for n in numbers}
+        yield from found.values()
 
 
 def chain(block: Graph, n: int) -> Graph:
@@ -50,8 +54,12 @@ def chain(block: Graph, n: int) -> Graph:
     return builder.build(x)
 
 
-def _steps(largest: int) -> int:
-    return max(2, 1 + math.ceil(math.log(largest / (10 << 20)) / math.log(GROWTH))) if largest > 10 << 20 else 1
+def _totals(first: int, last: int, growth: float) -> list[float]:
+    """From `first` to `last` at equal ratios of at most `growth`; none where it ends before it begins."""
+    if last <= first:
+        return []
+    n = 2 + math.floor(math.log(last / first) / math.log(growth))
+    return [float(total) for total in np.geomspace(first, last, n)]
 
 
 def _weights(space: FactoredSpace) -> tuple[int, dict[int, int]]:
@@ -75,14 +83,14 @@ def _nbytes(block: Graph) -> int:
     return block.n_params * np.dtype(block.dtype).itemsize
 
 
-def _typical(space: FactoredSpace, intensity: int) -> Graph | None:
-    """The block of this class nearest to BLOCK_BYTES that can follow itself."""
+def _typical(space: FactoredSpace, intensity: int, nbytes: int) -> Graph | None:
+    """The block of this class whose weights are nearest to `nbytes`, of those that can follow themselves."""
     fit = [
         block
         for block in space.all_blocks().values()
         if block.n_params and _class(block) == intensity and _follows_itself(block)
     ]
-    return min(fit, key=lambda block: abs(math.log(_nbytes(block) / BLOCK_BYTES)), default=None)
+    return min(fit, key=lambda block: abs(math.log(_nbytes(block) / nbytes)), default=None)
 
 
 def _follows_itself(block: Graph) -> bool:

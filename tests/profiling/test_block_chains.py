@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from latbench.profiling.chains import FITS_BYTES, chain, chains
+from latbench.profiling.chains import OWN_FIRST, SHARED_FIRST, chain, chains
 from latbench.profiling.jobs import jobs_of
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
@@ -16,7 +16,8 @@ def test_they_reach_from_what_fits_to_the_largest_network():
     totals = sorted(4 * block.n_params * n for block, n in chains(SPACE))
     rng = np.random.default_rng(0)
     largest = max(4 * SPACE.network(SPACE.sample(rng)).n_params for _ in range(101))
-    assert totals[0] < FITS_BYTES
+    assert totals[0] < 1.3 * OWN_FIRST
+    assert np.diff(np.log(totals)).max() < np.log(2.01)
     assert 0.95 < totals[-1] / largest < 1.05
 
 
@@ -25,8 +26,14 @@ def test_each_class_of_blocks_that_holds_weights_has_one():
     assert maps == {3, 6}  # where 95 % of a MobileNet's weights are
 
 
+def test_they_grow_as_far_as_networks_do():
+    largest = 4 * max(NASBench201Space().network((op,) * 6).n_params for op in range(5))
+    totals = [4 * block.n_params * n for block, n in chains(NASBench201Space())]
+    assert OWN_FIRST < max(totals) < min(largest, SHARED_FIRST)
+
+
 def test_spaces_of_small_networks_have_none():
-    assert list(chains(NASBench201Space())) == []
+    assert list(chains(MobileNetV1Space(resolution=8, levels=2, min_width=0.1, max_width=0.1, num_classes=10))) == []
 
 
 def test_a_chain_is_its_block_so_many_times():
