@@ -84,9 +84,9 @@ def command(
 
     table = LatencyTable.read(path)
     chosen = _choose(table, key or "", sort, reverse, conditions, kind, status)
-    keys = sorted(set(chosen.frame["key"]))
+    keys = sorted(chosen.frame_of("key")["key"].unique())
     if key and not keys:
-        if table.frame["key"].str.startswith(key).any():
+        if table.frame_of("key")["key"].str.startswith(key).any():
             raise UsageError(f"{path} has {key}, but not with the --kind, --status and --where given: leave them out")
         raise table.missing_entry(key)
     if want_command:
@@ -107,13 +107,13 @@ def _show_table(
         plot_table(table, plot)
     if as_json:
         shown = chosen if limit is None else chosen.take(range(min(limit, len(chosen))))
-        rows = [_plain(row, samples=key is not None) for row in shown.rows()]
+        rows = [_plain(row, samples=key is not None) for row in shown.rows(samples=key is not None)]
         click.echo(json.dumps({**table_summary(table), "rows": rows}, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    if key and chosen.frame["key"].nunique() == 1:
+    if key and chosen.frame_of("key")["key"].nunique() == 1:
         for i, row in enumerate(chosen.rows()):
             if i:
                 console.print()
@@ -123,7 +123,7 @@ def _show_table(
         n = min(_N_ROWS if limit is None else limit, len(chosen))
         if n:
             console.print()
-            print_rows(console, _COLUMNS, [_cells(row) for row in chosen.take(range(n)).rows()])
+            print_rows(console, _COLUMNS, [_cells(row) for row in chosen.take(range(n)).rows(samples=False)])
         if n < len(chosen):
             console.print(f"{n} of {len(chosen)} rows; more: --limit N, --sort COLUMN, --where CONDITION, or --json")
         elif not n and len(table):
@@ -142,33 +142,42 @@ def _choose(
     status: str | None,
 ) -> LatencyTable:
     """The rows asked for, in the order asked for."""
+    from latbench.tables.rows import FIGURES
+
     if reverse and sort is None:
         raise UsageError("--reverse turns the order of --sort COLUMN: give that too")
-    if kind is not None and len(table) and kind not in set(table.frame["kind"]):
-        raise UsageError(f"--kind {kind}: no such rows; there are {', '.join(sorted(set(table.frame['kind'])))}")
+    kinds = sorted(table.frame_of("kind")["kind"].unique()) if kind is not None else []
+    if kinds and kind not in kinds:
+        raise UsageError(f"--kind {kind}: no such rows; there are {', '.join(kinds)}")
     chosen = table.select(kind=kind, status=status)
-    frame = chosen.frame.reset_index(drop=True)
-    columns = [name for name in frame.columns if name not in ("arch", "stubs", "warnings")]
+    columns = [name for name in FIGURES if name not in ("arch", "stubs", "warnings")]
     if sort is not None and sort not in columns:
         raise UsageError(f"--sort {sort}: no such column; there are {', '.join(columns)}")
+    asked = [_asked(condition, columns) for condition in conditions]
+    frame = chosen.frame_of(*dict.fromkeys(["key", *(name for name, _, _ in asked), *([sort] if sort else [])]))
     found = frame[frame["key"].str.startswith(key)]
-    for condition in conditions:
-        found = found[_holds(found, condition, columns)]
+    for condition, (name, operator, text) in zip(conditions, asked, strict=True):
+        found = found[_holds(found[name], operator, text, condition)]
     if sort is not None:
         is_number = found[sort].dtype.kind in "if"
         found = found.sort_values(sort, ascending=is_number == reverse, kind="stable", na_position="last")
     return chosen.take(found.index.to_numpy())
 
 
-def _holds(frame: pd.DataFrame, condition: str, columns: list[str]) -> pd.Series[bool]:
-    """Which rows meet "latency_ms>0.5ms". A row without the figure meets no condition but !=. Raises UsageError."""
+def _asked(condition: str, columns: list[str]) -> tuple[str, str, str]:
+    """ "latency_ms>0.5ms" -> column, operator, value. Raises UsageError."""
     match = _CONDITION.fullmatch(condition.strip())
     if match is None:
         raise UsageError(f"--where {condition!r}: write COLUMN, one of < <= > >= = != ~, and a value")
     name, operator, text = match.groups()
     if name not in columns:
         raise UsageError(f"--where {name}: no such column; there are {', '.join(columns)}")
-    column = frame[name]
+    return name, operator, text
+
+
+def _holds(column: pd.Series[Any], operator: str, text: str, condition: str) -> pd.Series[bool]:
+    """Which rows meet a condition. A row without the figure meets none but !=. Raises UsageError."""
+    name = column.name
     is_number = column.dtype.kind in "if"
     if operator == "~" or not is_number:
         if operator not in ("~", "=", "!="):
@@ -176,7 +185,7 @@ def _holds(frame: pd.DataFrame, condition: str, columns: list[str]) -> pd.Series
         words = column.astype(object).where(column.notna(), "").astype(str)
         equal: pd.Series[bool] = words.str.contains(text, regex=False) if operator == "~" else words == text
         return ~equal if operator == "!=" else equal
-    value = _number(name, text, condition)
+    value = _number(str(name), text, condition)
     compared = {"<": column.lt, "<=": column.le, ">": column.gt, ">=": column.ge, "=": column.eq, "!=": column.ne}
     held: pd.Series[bool] = compared[operator](value)
     return held

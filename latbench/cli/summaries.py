@@ -21,10 +21,11 @@ def table_summary(table: LatencyTable) -> dict[str, Any]:
 
     from latbench.report import words
 
-    frame, provenance = table.frame, table.provenance
+    kinds = ["kind", "context", "status", "origin"]
+    figures = ("latency_ms", "latency_ref_ms", "ci_low_ms", "ci_high_ms")
+    frame, provenance = table.frame_of(*kinds, *figures, "stage", "error", "warnings"), table.provenance
     noise = words.noise(frame)
     warnings = frame["warnings"].explode().dropna()
-    kinds = ["kind", "context", "status", "origin"]
     counts = frame.groupby(kinds).size().reset_index(name="n").sort_values("n", ascending=False, kind="stable")
     return {
         "provenance": provenance.to_dict(),

@@ -71,7 +71,9 @@ class CalibratedOracle:
         """
         base = LutOracle.fit(table, missing=missing, context=context, measure=measure)
         space = cast(FactoredSpace, base.space)
-        isolated = context == "isolated" or "sandwich" not in set(table.select(kind="block").frame["context"])
+        isolated = context == "isolated" or "sandwich" not in set(
+            table.select(kind="block").frame_of("context")["context"]
+        )
         capacity = None if isolated or not curve else Capacity.of(table, space)
         archs, measured = table.networks()
         if not len(archs) and capacity is None:

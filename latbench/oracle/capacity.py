@@ -43,7 +43,7 @@ class Capacity:
     @classmethod
     def of(cls, table: LatencyTable, space: FactoredSpace) -> Capacity | None:
         """None where the table holds no chains: the space's networks are small, or an older latbench measured it."""
-        frame = table.select(kind="chain", status="ok").frame
+        frame = table.select(kind="chain", status="ok").frame_of("n_params", "macs", "latency_ref_ms", "latency_ms")
         frame = frame[frame["n_params"].notna() & frame["macs"].notna()]
         if frame.empty:
             return None

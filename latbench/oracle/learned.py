@@ -227,7 +227,7 @@ class LearnedOracle:
 
 def _order(table: LatencyTable) -> Floats | None:
     """The rows' places in the measuring order, as ``LatencyTable.networks`` has them; None where one is missing."""
-    frame = table.frame
+    frame = table.frame_of("kind", "arch", "status", "order")
     rows = frame[(frame["kind"] == "network") & frame["arch"].notna() & (frame["status"] == "ok")]
     order = rows["order"].to_numpy(np.float64, na_value=np.nan)
     return None if np.isnan(order).any() or len(np.unique(order)) < len(order) else order

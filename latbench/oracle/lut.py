@@ -63,7 +63,7 @@ def lookup(
     if not isinstance(space, FactoredSpace):
         raise TableError(f"{space.name} does not factor into blocks, so a table of them cannot be summed; use learned")
     rows = table.select(kind="block", status="ok")
-    contexts = set(rows.frame["context"])
+    contexts = set(rows.frame_of("context")["context"].unique())
     context = context or ("sandwich" if "sandwich" in contexts else "isolated")
     if context not in contexts:
         raise TableError(
@@ -73,7 +73,8 @@ def lookup(
         )
     rows = rows.select(context=context)
     known = rows.blocks_ms()
-    origin = dict(zip(rows.frame["key"], (SOURCES.index(o) for o in rows.frame["origin"]), strict=True))
+    origins = rows.frame_of("key", "origin")
+    origin = dict(zip(origins["key"].tolist(), map(SOURCES.index, origins["origin"].tolist()), strict=True))
     if missing == "measure":
         if measure is None:
             raise UsageError("missing='measure' needs something to measure with")

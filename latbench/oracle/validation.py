@@ -153,7 +153,7 @@ def rank_correlations(a: Floats, b: Floats) -> tuple[float | None, float | None]
 
 def network_rows(table: LatencyTable) -> NDArray[np.int64]:
     """(N,) positions of the rows that ``table.networks()`` gives, in its order."""
-    frame = table.frame
+    frame = table.frame_of("kind", "status", "arch")
     positions: NDArray[np.int64] = np.flatnonzero(
         (frame["kind"] == "network") & (frame["status"] == "ok") & frame["arch"].notna()
     )
@@ -163,7 +163,7 @@ def network_rows(table: LatencyTable) -> NDArray[np.int64]:
 def network_names(table: LatencyTable) -> list[tuple[str, str]]:
     """What tells each of ``table.networks()`` from others: its row's key, and 12 hex digits of its canonical form."""
     space, (archs, _) = space_of(table.provenance), table.networks()
-    keys = table.frame["key"].to_numpy(object)[network_rows(table)]
+    keys = table.frame_of("key")["key"].to_numpy(object)[network_rows(table)]
     return [(str(key), _arch_id(space, tuple(arch))) for key, arch in zip(keys, archs.tolist(), strict=True)]
 
 
