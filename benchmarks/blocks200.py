@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime, timezone
+
 import numpy as np
 
+from latbench import devices
 from latbench.graph.blocks import DARTS_OPS, bottleneck, darts_op, inverted_residual
 from latbench.graph.ir import Graph, GraphBuilder
 from latbench.graph.passes import fold_structure
+from latbench.measure.base import SamplingPlan
+from latbench.profiling import Target
 from latbench.profiling.jobs import GraphJob
+from latbench.profiling.rows import finish
+from latbench.profiling.session import Session
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
-from latbench.tables import Row
+from latbench.tables import LatencyTable, Row
 
 
 def sample_jobs(n: int = 200, seed: int = 0) -> list[GraphJob]:
@@ -32,6 +40,20 @@ def sample_jobs(n: int = 200, seed: int = 0) -> list[GraphJob]:
             row = Row(key=graph.key, kind="block", signature=graph.signature, block_type=kind, macs=graph.macs)
             jobs.setdefault(graph.key, GraphJob(graph, row))
     return list(jobs.values())[:n]
+
+
+def one_pass(seed: int, command: str) -> LatencyTable:
+    """The sample measured once on one CPU thread, at the default settings of ``latbench profile``: 10 s alone."""
+    plan, jobs = SamplingPlan(seed=seed), sample_jobs()
+    target = Target("cpu", devices.detect().host.cpu_model, "onnxruntime", {"threads": 1}, plan, context="isolated")
+    with target.launcher() as launcher:
+        provenance = target.provenance(None, launcher.start())
+        session = Session(launcher, plan, "onnx", provenance.clock_ref_us)
+        session.measure(jobs)
+    rows = [finish(job.row, session.progress[job.key]) for job in jobs]
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    told = replace(provenance, command=command, commit="", host="", finished_at=finished)
+    return LatencyTable.from_rows(rows, told, {"canary": session.canary_notes()})
 
 
 def _inverted_residual(rng: np.random.Generator) -> Graph:

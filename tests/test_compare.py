@@ -10,62 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from made_comparisons import row, simulated, slower, table
 
 from latbench.compare import Comparison, compare
-from latbench.compare.statistics import CERTAIN, adjust, moderate, region_tests
 from latbench.errors import ProvenanceConflictError, TableError, UsageError
-from latbench.tables import LatencyTable, Provenance, Row
+from latbench.tables import LatencyTable, Row
 
 DATA = Path(__file__).parent / "data"
-PROVENANCE = Provenance("cpu", "Xeon", "onnxruntime", versions={"onnxruntime": "1.20"}, policy={"rounds": 2, "seed": 0})
-P_VALUES = arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 1))
-
-
-def row(key: str, medians: list[float], *, flags: list[str] | None = None, probes: list[float] | None = None) -> Row:
-    """Blocks of three samples around each median, in processes of their own."""
-    samples = tuple(m * f for m in medians for f in (0.99, 1.0, 1.01))
-    n = len(medians)
-    return Row(
-        key, "block", f"s{key}", block_type="conv", latency_ms=float(np.median(medians)), clock="host",
-        samples_ms=samples, block_sizes=(3,) * n, block_run=tuple(range(n)), block_flags=tuple(flags or [""] * n),
-        probes_us=tuple(p for p in probes or [] for _ in (0, 1)), probe_at=(0, 3) * len(probes or []),
-    )  # fmt: skip
-
-
-def table(*rows: Row, **conditions: object) -> LatencyTable:
-    return LatencyTable.from_rows(rows, replace(PROVENANCE, **conditions))  # type: ignore[arg-type]
-
-
-def simulated(
-    rng: np.random.Generator, n: int, ratio: float, spread: float = 0.006
-) -> tuple[LatencyTable, LatencyTable]:
-    """`n` rows of four blocks; each row has its own noise, each pass its process term; NEW is `ratio` times OLD."""
-    sd = spread * np.sqrt(5 / rng.chisquare(5, n))
-    tables = []
-    for factor in (1.0, ratio):
-        centre = factor * np.exp(0.003 * rng.standard_normal(n))
-        blocks = centre[:, None] * np.exp(sd[:, None] * rng.standard_normal((n, 4)))
-        tables.append(table(*(row(f"k{i}", b.tolist()) for i, b in enumerate(blocks))))
-    return tables[0], tables[1]
 
 
 def verdicts(found: Comparison) -> dict[str, str]:
     return {one.key: one.verdict for one in found.rows}
 
 
-def slower(whole: LatencyTable, keys: set[str], factor: float) -> LatencyTable:
-    """Every sample of some rows made longer."""
-    rows = [
-        replace(one, samples_ms=tuple(factor * s for s in one.samples_ms)) if one.key in keys else one
-        for one in whole.rows()
-    ]
-    return LatencyTable.from_rows(rows, whole.provenance)
-
-
 @pytest.fixture(scope="module")
 def passes() -> tuple[LatencyTable, LatencyTable]:
-    """The 200 blocks of benchmarks/blocks200.py measured twice, 13 minutes apart, with other work on the machine."""
+    """The first two passes that benchmarks/compare_power.py took over its 200 blocks, eight minutes apart."""
     return LatencyTable.read(DATA / "blocks200-first.parquet"), LatencyTable.read(DATA / "blocks200-second.parquet")
 
 
@@ -79,9 +39,9 @@ def test_two_passes_over_the_same_blocks_are_the_same(passes: tuple[LatencyTable
         assert found.overall[0].low < 1 < found.overall[0].high
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(10))
 def test_ten_per_cent_more_in_twenty_rows_are_found(passes: tuple[LatencyTable, LatencyTable], seed: int) -> None:
-    old, new = passes
+    old, new = passes if seed % 2 else passes[::-1]
     keys = set(np.random.default_rng(seed).choice(old.frame["key"].to_numpy(str), 20, replace=False).tolist())
     found = compare(old, slower(new, keys, 1.1))
     named = {key for key, verdict in verdicts(found).items() if verdict == "SLOWER"}
@@ -90,22 +50,21 @@ def test_ten_per_cent_more_in_twenty_rows_are_found(passes: tuple[LatencyTable, 
     assert found.regressed
 
 
-def test_intervals_cover_the_true_ratio_and_claims_keep_their_promise() -> None:
-    rng = np.random.default_rng(7)
-    covered, false, n = 0, 0, 0
-    for ratio in (0.97, 1.0, 1.05):  # 1.05 is the threshold itself: the likeliest to be called SLOWER wrongly
-        found = compare(*simulated(rng, 400, ratio))
-        covered += sum(one.low <= ratio <= one.high for one in found.rows)
-        false += found.counts["SLOWER"] + found.counts["FASTER"]
-        n += len(found.rows)
-    assert 0.92 <= covered / n <= 0.98
-    assert false / n <= 0.01
-
-
 def test_a_change_that_nothing_is_sure_of_is_unsure() -> None:
     rng = np.random.default_rng(1)
     old, new = simulated(rng, 60, 1.0, spread=0.08)
     assert compare(old, new).counts["UNSURE"] > 50
+
+
+def test_what_disturbs_fewer_than_half_of_the_blocks_is_no_change() -> None:
+    steady = [1.0, 1.002, 0.998, 1.001]
+    old = table(*(row(f"k{i}", steady) for i in range(12)))
+    new = table(*(row(f"k{i}", [1.3, *steady[1:]]) for i in range(12)))
+    assert compare(old, new).counts["SAME"] == 12
+    most = table(*(row(f"k{i}", [1.3, 1.301, 1.299, 1.0]) for i in range(12)))
+    assert compare(old, most).counts["SAME"] == 0
+    whole = table(*(row(f"k{i}", [1.3, 1.302, 1.298, 1.301]) for i in range(12)))
+    assert compare(old, whole).counts["SLOWER"] == 12
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,72 +83,6 @@ def test_exchanging_the_tables_mirrors_every_verdict_and_units_do_not_matter(
     assert verdicts(scaled) == verdicts(there)
 
 
-@given(P_VALUES)
-def test_adjusted_p_values_are_those_of_the_step_up_procedure(p: np.ndarray) -> None:
-    q = adjust(p)
-    assert (q >= p).all()
-    assert (q <= 1).all()
-    for level in (0.01, 0.05, 0.2):  # rejected: the k smallest, for the largest k with p_(k) <= k level / n
-        ordered = np.sort(p)
-        k = max((i + 1 for i in range(len(p)) if ordered[i] * (len(p) / (i + 1)) <= level), default=0)
-        assert (q <= level).sum() == (0 if k == 0 else (p <= ordered[k - 1]).sum())
-
-
-def test_false_discoveries_stay_below_the_level_whatever_the_share_of_true_ones() -> None:
-    rng = np.random.default_rng(3)
-    for share in (0.0, 0.2, 0.6):
-        proportions = []
-        for _ in range(300):
-            real = rng.random(100) < share
-            p = np.where(real, rng.beta(0.05, 1, 100), rng.random(100))
-            claimed = adjust(p) <= 0.1
-            proportions.append((claimed & ~real).sum() / max(claimed.sum(), 1))
-        assert np.mean(proportions) <= 0.115  # 0.1, and three standard errors
-
-
-@given(st.floats(-1, 1), st.floats(1e-4, 0.5), st.floats(2, 100), st.floats(0.01, 0.3))
-def test_the_three_regions_are_symmetric_and_never_claimed_together(
-    log_ratio: float, error: float, dof: float, margin: float
-) -> None:
-    def tests(value: float) -> tuple[float, float]:
-        change, same = region_tests(np.array([value]), np.array([error]), np.array([dof]), margin)
-        return float(change[0]), float(same[0])
-
-    assert tests(log_ratio) == pytest.approx(tests(-log_ratio))
-    change, same = tests(log_ratio)
-    assert max(change, same) >= 0.5
-    assert tests(0.0)[1] <= same + 1e-12  # nothing is more surely the same than no change
-
-
-def test_a_known_ratio_is_decided_without_doubt() -> None:
-    change, same = region_tests(np.log([1.04, 1.06, 1 / 1.06]), np.zeros(3), np.full(3, CERTAIN), math.log(1.05))
-    assert change.tolist() == [1, 0, 0]
-    assert same.tolist() == [0, 1, 1]
-
-
-def test_moderated_variances_recover_the_scatter_that_they_were_drawn_with() -> None:
-    rng = np.random.default_rng(0)
-    n, prior, centre, dof = 4000, 6.0, 2.5e-5, 3.0
-    true = centre * prior / rng.chisquare(prior, n)
-    drawn = true * rng.chisquare(dof, n) / dof
-    moderated, dofs = moderate(drawn, np.full(n, dof))
-    assert dofs == pytest.approx(np.full(n, dof + prior), rel=0.15)
-    assert np.abs(np.log(moderated / true)).mean() < 0.75 * np.abs(np.log(drawn / true)).mean()
-    assert (np.argsort(moderated) == np.argsort(drawn)).all()
-
-
-@given(arrays(np.float64, st.integers(0, 9), elements=st.floats(0, 1)))
-def test_few_variances_stay_as_they_are(variances: np.ndarray) -> None:
-    dofs = np.full(len(variances), 3.0)
-    assert moderate(variances, dofs)[0] is variances
-
-
-def test_variances_with_no_scatter_of_their_own_become_one() -> None:
-    moderated, dofs = moderate(np.full(20, 1e-4), np.full(20, 4.0))
-    assert np.ptp(moderated) < 1e-9
-    assert (dofs == CERTAIN).all()
-
-
 def test_latencies_are_compared_at_one_clock() -> None:
     slow, fast = [1.0, 1.004, 0.998, 1.002], [0.5, 0.502, 0.499, 0.501]
     old = [row(f"k{i}", slow, probes=[6.0] * 4) for i in range(12)]
@@ -197,7 +90,7 @@ def test_latencies_are_compared_at_one_clock() -> None:
     found = compare(table(*old, clock_ref_us=6.0), table(*new, clock_ref_us=3.1))
     assert found.clock == "the reference clock of OLD"
     assert found.counts["SAME"] == 12
-    assert found.rows[0].new_ms == pytest.approx(1.001, rel=1e-3)
+    assert found.rows[0].new_ms == pytest.approx(0.999, rel=1e-9)  # of 0.998, 1, 1.002 and 1.004 the lower half
     raw = compare(table(*old, clock_ref_us=6.0), table(*new))
     assert raw.clock == "the clock that ran"
     assert raw.counts["FASTER"] == 12
@@ -207,7 +100,7 @@ def test_flagged_blocks_do_not_count_unless_there_are_no_others() -> None:
     good, bad = [1.0, 1.001, 0.999], [9.0]
     old = table(row("a", good * 2))
     mixed = table(row("a", good + bad, flags=["", "", "", "foreign_load"]))
-    assert compare(old, mixed).rows[0].new_ms == pytest.approx(1.0)
+    assert compare(old, mixed).rows[0].new_ms == pytest.approx(1.0, rel=2e-3)
     only = table(row("a", bad * 2, flags=["drift", "drift"]))
     assert compare(old, only).rows[0].new_ms == pytest.approx(9.0)
 
@@ -262,7 +155,7 @@ def test_unlike_conditions_are_refused_unless_they_are_what_is_compared() -> Non
         across = flags.replace("--across ", "").split()
         found = compare(old, new, across=across)
         assert found.differs
-        assert all(text in str(caught.value) for text in found.differs)
+        assert all(" ".join(text.split()) in str(caught.value) for text in found.differs)
     assert compare(old, table(steady, policy={"rounds": 2, "seed": 9})).differs == ()
 
 

@@ -26,8 +26,9 @@ def adjust(p: Floats) -> Floats:
 def region_tests(log_ratio: Floats, error: Floats, dof: Floats, margin: float) -> tuple[Floats, Floats]:
     """(N,) p-values of "the change lies within the margin" and of "it lies beyond", all in logarithms.
 
-    The first is small for changes beyond (two-sided: twice the smaller tail), the second for sameness (the larger of
-    two one-sided tests). An error of 0 decides without doubt.
+    The first is small for changes beyond: both tails, at the border of the margin, where they are largest (McCarthy and
+    Smyth 2009, eq. 3). The second is small for sameness (the larger of two one-sided tests). An error of 0 decides
+    without doubt.
     """
 
     def above(distance: Floats) -> Floats:  # p-value against "not above 0"
@@ -36,8 +37,9 @@ def region_tests(log_ratio: Floats, error: Floats, dof: Floats, margin: float) -
         upper: Floats = stdtr(dof, -t)
         return upper
 
-    change = np.minimum(2 * np.minimum(above(log_ratio - margin), above(-log_ratio - margin)), 1.0)
-    same = np.maximum(above(margin - log_ratio), above(margin + log_ratio))
+    size = np.abs(log_ratio)
+    change = np.minimum(above(size - margin) + above(size + margin), 1.0)
+    same = above(margin - size)
     return change, same
 
 
