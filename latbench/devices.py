@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from latbench import host, plugins
-from latbench.errors import DeviceUnavailableError, EnvironmentUnfitError, MeasurementError, UsageError
+from latbench import foreign, host, plugins
+from latbench.errors import DeviceUnavailableError, EnvironmentUnfitError, MeasurementError, UsageError, shown
 from latbench.interpreter import describe
 
 if sys.version_info >= (3, 11):
@@ -26,6 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]  # installed on Python 3.10 only
 
+MAX_BYTES = 2**20  # of the user's file: ours has 5 KiB
 GENERIC = "cpu"  # the profile that matches every machine
 
 
@@ -94,8 +95,8 @@ def profiles(user_file: Path | None = None) -> dict[str, DeviceProfile]:
     if path is None:
         return known
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = foreign.read_bytes(path, MAX_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     for name, table in _parse(text, str(path)).items():
         profile = _profile(name, {**tables.get(name, {}), **table}, str(path))
@@ -115,7 +116,7 @@ def resolve(name: str, known: Mapping[str, DeviceProfile] | None = None) -> Devi
         return words[_fold(name)]
     close = difflib.get_close_matches(_fold(name), words, n=1)
     hint = f"did you mean {words[close[0]].name}? " if close else ""
-    raise UsageError(f"unknown device {name!r}: {hint}There are: auto, {', '.join(sorted(known))}")
+    raise UsageError(f"unknown device {shown(name)}: {hint}There are: auto, {', '.join(sorted(known))}")
 
 
 def nvidia_gpus(command: str = "nvidia-smi") -> tuple[Gpu, ...]:
@@ -123,7 +124,11 @@ def nvidia_gpus(command: str = "nvidia-smi") -> tuple[Gpu, ...]:
     for query in ("name,driver_version,compute_cap", "name,driver_version"):  # drivers before 510 lack compute_cap
         try:
             run = subprocess.run(
-                [command, f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+                [command, f"--query-gpu={query}", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=10,
             )
         except (OSError, subprocess.TimeoutExpired):
             return ()
@@ -208,8 +213,8 @@ def select(
             return selection
     raise DeviceUnavailableError(
         f"no {profile.title} here: this machine has {machine.summary}. Three ways on: measure what is here "
-        "(--device auto); run the same command on a machine that has one (sending the work there with --fleet ADDRESS "
-        "is not in this version yet); use published figures (reading them with latbench import is not either)"
+        "(--device auto); run the same command on a machine that has one, or send the work there (--fleet ADDRESS); "
+        "use published figures (latbench import)"
     )
 
 
@@ -227,7 +232,7 @@ _CHOICES = {"kind": ("gpu", "cpu"), "clocks": ("float", "lockable"), "default_dt
 def _parse(text: str, where: str) -> dict[str, dict[str, Any]]:
     try:
         tables: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits and deep nesting are no TOMLDecodeError
         raise UsageError(f"{where}: {error}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -249,7 +254,7 @@ def _profile(name: str, table: Mapping[str, Any], where: str) -> DeviceProfile:
             )
         wrong = _complaint(key, value)
         if wrong:
-            raise UsageError(f"{where} {key} = {value!r}: {wrong}")
+            raise UsageError(f"{where} {key} = {shown(value)}: {wrong}")
     missing = [key for key, required in keys.items() if required and key not in table]
     if missing:
         raise UsageError(f"{where} has no {missing[0]}")
@@ -275,7 +280,7 @@ def _complaint(key: str, value: object) -> str | None:
 def _regex_error(pattern: str) -> str | None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         return f"no regular expression: {error}"
     return None
 

@@ -6,8 +6,10 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -15,12 +17,14 @@ from typing import Any, NoReturn
 import click
 
 from latbench import __version__
+from latbench.cli import interrupts
 from latbench.errors import LatbenchError
 
 COMMANDS = {  # name -> (module:attribute, one line of help)
     "devices": ("latbench.cli.devices:command", "What this host is, and which devices and back-ends work here."),
     "doctor": ("latbench.cli.doctor:command", "What makes timings noisy here, and the command that mends each."),
     "profile": ("latbench.cli.profile:command", "Measure the blocks of a search space into a latency table."),
+    "fleet": ("latbench.cli.fleet:command", "Machines that measure together: who they are, and how to join."),
     "bench": ("latbench.cli.bench:command", "Measure one network: ONNX file, torchvision:NAME or SPACE:ARCH."),
     "fit": ("latbench.cli.fit:command", "Fit a model that predicts whole networks, and say how far off it is."),
     "validate": ("latbench.cli.validate:command", "A model against measured networks that it has not seen."),
@@ -44,9 +48,8 @@ Exit status:
   2  some rows failed, or a target was missed
   3  regression
   4  environment unfit: no such device or back-end here
+  130  interrupted (143 terminated): what could be saved is saved
 """
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class LazyGroup(click.Group):
@@ -73,7 +76,10 @@ class LazyGroup(click.Group):
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(COMMANDS)}."
             raise click.UsageError(f"No such command '{args[0]}'. {hint}", ctx)
+        self.running = args[0]
         return super().resolve_command(ctx, args)
+
+    running: str | None = None  # the command's name
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command line and exits. A command ends with ``ctx.exit(status)``, or returns a status."""
@@ -84,10 +90,17 @@ class LazyGroup(click.Group):
             _fail(f"{error.format_message()} (see: {path} --help)", 1)
         except click.ClickException as error:
             _fail(error.format_message(), 1)
-        except click.Abort:  # click's form of KeyboardInterrupt; the line's ^C is closed by now
-            _fail("interrupted", INTERRUPTED)
+        except click.Abort as error:  # click's form of KeyboardInterrupt; the line's ^C is closed by now
+            number = getattr(error.__cause__, "number", int(signal.SIGINT))
+            _fail(interrupts.message(number, self.running), 128 + number)
         except LatbenchError as error:
             _fail(str(error), error.exit_status)
+        except MemoryError as error:
+            _fail(_no_memory(str(error)), 1)
+        except RuntimeError as error:  # the class that torch's CPU allocator has
+            if "can't allocate memory" not in str(error):
+                raise
+            _fail(_no_memory(str(error)), 1)
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -96,8 +109,14 @@ class LazyGroup(click.Group):
         sys.exit(result if isinstance(result, int) else 0)
 
 
+def _no_memory(words: str) -> str:
+    told = f" ({' '.join(words.split())[:160]})" if words else ""
+    return f"out of memory{told}; files are intact: free some, or ask for less, and run the same command again"
+
+
 def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # where stderr takes nothing, the status still tells
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 
 
@@ -119,4 +138,5 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> NoReturn:
     """Entry point of the ``latbench`` command."""
-    cli.main(prog_name="latbench")
+    with interrupts.heeded(lambda: cli.running):
+        cli.main(prog_name="latbench")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from latbench.cli import measuring
-from latbench.cli.values import DTYPE, DURATION, PERCENT
+from latbench.cli.values import DTYPE, DURATION, PERCENT, format_ms
 
 if TYPE_CHECKING:
     from latbench.profiling import Outcome, Target
+    from latbench.profiling.fleet import FleetOutcome
+    from latbench.profiling.fleet_node import FleetNode
     from latbench.spaces.base import SearchSpace
 
 
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--budget", type=DURATION, help="Stop after this long; the same command goes on from there.")
 @click.option("--only", metavar="KEY", help="Only the row of this key (a prefix will do).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order, the networks and the weights.")
+@click.option("--fleet", "address", metavar="ADDRESS", help="Measure on every node of a fleet that holds the device.")
 @click.option("--dry-run", is_flag=True, help="Say how many rows and about how long; measure nothing.")
 @measuring.LOCK_CLOCKS
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The table; default: named after what it holds.")
@@ -73,6 +78,7 @@ def command(
     budget: float | None,
     only: str | None,
     seed: int,
+    address: str | None,
     dry_run: bool,
     lock_clocks: int | None,
     output: Path | None,
@@ -82,56 +88,98 @@ def command(
 
     A killed run is resumed by the same command: nothing that was measured is lost.
     """
-    from dataclasses import replace
-
     from latbench import plugins
-    from latbench.cli.target import assignment, clock_held, target_of
-    from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
-    from latbench.profiling import duration_s, median_weight_bytes, profile, wanted
+    from latbench.cli.target import assignment, target_of
+    from latbench.measure.base import SamplingPlan
 
     space_class = plugins.load("latbench.spaces", space_name)
     plan = SamplingPlan(precision=ci, runs=runs, rounds=rounds, seed=seed)
-    rest = {"clock_mhz": lock_clocks, "context": context, "fold_bn": fold_bn}
-    target, dtype = target_of(device, backend, dtype, threads, options, plan, **rest)
-    space: SearchSpace = space_class.from_settings(
-        {
-            "batch": batch,
-            "dtype": dtype,
-            **({"resolution": resolution} if resolution is not None else {}),
-            **dict(assignment(text) for text in settings),
-        }
-    )
-    if cache != "warm":
-        sweep_bytes = COLD_SWEEP_BYTES if cache == "cold" else median_weight_bytes(space)
-        target = replace(target, plan=replace(target.plan, sweep_bytes=sweep_bytes))
-    path = output or Path(_file_name(space, target))
-    if dry_run:
-        jobs = wanted(space, target, networks, only)
-        kinds = [job.row.kind for job in jobs]
-        plain = {
-            "rows": len(jobs),
-            **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "chain", "network")},
-            "estimated_s": round(duration_s(jobs, target.plan), 1),
-            "output": str(path),
-        }
-        click.echo(json.dumps(plain) if as_json else _dry(plain, target, space))
-        return 0
+    words = {"backend": backend, "dtype": dtype, "threads": threads, "options": options}
+    words |= {"clock_mhz": lock_clocks, "context": context, "fold_bn": fold_bn}
+    with ExitStack() as stack:
+        nodes: list[FleetNode] | None = None
+        if address is None:
+            target, dtype = target_of(device, plan=plan, **words)
+        else:
+            from latbench.cli.fleet_nodes import nodes_of
+            from latbench.measure.fleet import connect
 
-    from latbench.cli.progress import Bar
-
-    with clock_held(target), Bar(f"profile {space.name} on {target.device}") as bar:
-        outcome = profile(
+            nodes, dtype = nodes_of(stack.enter_context(connect(address)), device, words, plan, _say)
+            target = nodes[0].target
+        space: SearchSpace = space_class.from_settings(
+            {
+                "batch": batch,
+                "dtype": dtype,
+                **({"resolution": resolution} if resolution is not None else {}),
+                **dict(assignment(text) for text in settings),
+            }
+        )
+        target = _with_cache(target, cache, space)
+        path = output or Path(_file_name(space, target))
+        if dry_run:
+            _dry_run(space, target, networks, only, path, as_json)
+            return 0
+        outcome = _measured(
             space,
             target,
+            nodes,
             path,
             networks=networks,
             only=only,
             budget_s=float("inf") if budget is None else budget,
-            reporter=bar,
         )
     summary = _summary(outcome)
     click.echo(json.dumps(summary) if as_json else _told(summary))
     return 2 if summary["failed"] else 0
+
+
+def _with_cache(target: Target, cache: str, space: SearchSpace) -> Target:
+    """The target, its plan as ``--cache`` asks."""
+    from latbench.measure.base import COLD_SWEEP_BYTES
+    from latbench.profiling import median_weight_bytes
+
+    if cache == "warm":
+        return target
+    sweep_bytes = COLD_SWEEP_BYTES if cache == "cold" else median_weight_bytes(space)
+    return replace(target, plan=replace(target.plan, sweep_bytes=sweep_bytes))
+
+
+def _measured(
+    space: SearchSpace, target: Target, nodes: list[FleetNode] | None, path: Path, **asked: Any
+) -> Outcome | FleetOutcome:
+    """Here, or on the nodes of a fleet."""
+    from latbench.cli.progress import Bar
+    from latbench.cli.target import clock_held
+    from latbench.profiling import profile
+
+    where = target.device if nodes is None else f"{target.device} of {', '.join(node.name for node in nodes)}"
+    with Bar(f"profile {space.name} on {where}") as bar:
+        if nodes is None:
+            with clock_held(target):
+                return profile(space, target, path, reporter=bar, **asked)
+        from latbench.profiling.fleet import profile_fleet
+
+        for node in nodes:
+            node.target = replace(node.target, plan=target.plan)
+        return profile_fleet(space, nodes, path, reporter=bar, say=_say, **asked)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _dry_run(space: SearchSpace, target: Target, networks: int, only: str | None, path: Path, as_json: bool) -> None:
+    from latbench.profiling import duration_s, wanted
+
+    jobs = wanted(space, target, networks, only)
+    kinds = [job.row.kind for job in jobs]
+    plain = {
+        "rows": len(jobs),
+        **{f"{kind}s": kinds.count(kind) for kind in ("block", "stub", "chain", "network")},
+        "estimated_s": round(duration_s(jobs, target.plan), 1),
+        "output": str(path),
+    }
+    click.echo(json.dumps(plain) if as_json else _dry(plain, target, space))
 
 
 def _file_name(space: SearchSpace, target: Target) -> str:
@@ -152,7 +200,7 @@ def _dry(plain: dict[str, Any], target: Target, space: SearchSpace) -> str:
     )
 
 
-def _summary(outcome: Outcome) -> dict[str, Any]:
+def _summary(outcome: Outcome | FleetOutcome) -> dict[str, Any]:
     frame = outcome.table.frame
     ok = frame[frame["status"] == "ok"]
     half = ((ok["ci_high_ms"] - ok["ci_low_ms"]) / 2 / ok["gross_ref_ms"].fillna(ok["gross_ms"])).dropna()
@@ -172,7 +220,20 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
         "additivity": _without_series(additivity),
         **({"additivity_isolated": _without_series(isolated)} if isolated else {}),
         "canary": outcome.table.notes.get("canary"),
+        **_fleet(outcome),
     }
+
+
+def _fleet(outcome: Outcome | FleetOutcome) -> dict[str, Any]:
+    """What a fleet's nodes did; nothing where there was none."""
+    nodes, apart = getattr(outcome, "nodes", None), getattr(outcome, "apart", ())
+    if nodes is None:
+        return {}
+    tables = [
+        {"table": one.path and str(one.path), "nodes": list(one.nodes), "rows": one.rows, "why": one.why}
+        for one in apart
+    ]
+    return {"nodes": nodes, "apart": tables}
 
 
 def _without_series(figures: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -194,6 +255,13 @@ def _told(summary: dict[str, Any]) -> str:
         lines.append(
             f"reference block: spread {canary['spread']:.2%} over {canary['n']:.0f} visits, worst {canary['worst']:.2%}"
         )
+    for name, node in summary.get("nodes", {}).items():
+        lines.append(f"  {name}: {node['rows']} rows{_steady(node['canary'])}{', then lost' if 'lost' in node else ''}")
+    lines += [
+        f"{', '.join(one['nodes'])}: {one['why']}; kept apart: "
+        + (f"{one['rows']} rows in {one['table']}" if one["table"] else "measured nothing")
+        for one in summary.get("apart", ())
+    ]
     for name in ("additivity", "additivity_isolated"):
         figures = summary.get(name)
         if figures:
@@ -208,6 +276,14 @@ def _told(summary: dict[str, Any]) -> str:
             f"{summary['missing']} of {summary['wanted']} rows not measured yet: run the same command to go on"
         )
     return "\n".join(lines)
+
+
+def _steady(canary: dict[str, float]) -> str:
+    return (
+        f", reference block {format_ms(canary['median_ms'])}, spread {canary['spread']:.2%}"
+        if "spread" in canary
+        else ""
+    )
 
 
 def _sums(what: str, figures: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from latbench.interpreter import describe
 from latbench.measure.base import Measurement, SamplingPlan, WorkerSetup
 from latbench.measure.launcher import LocalLauncher, cpus_for
 from latbench.profiling.additivity import additivity
-from latbench.profiling.jobs import Context, Job, estimate_s, jobs_of
+from latbench.profiling.jobs import Artifact, Context, Job, estimate_s, jobs_of
 from latbench.profiling.rows import finish, increment
 from latbench.profiling.session import CANARY, Reporter, Session
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
@@ -56,10 +56,23 @@ class Target:
     @property
     def simulated(self) -> bool:
         """Whether its times are computed, not measured."""
-        return self.backend_class.clock == "model"
+        clock: str = plugins.load("latbench.backends", self.backend).clock
+        return clock == "model"
+
+    @property
+    def artifact(self) -> Artifact:
+        """What its back-end reads; known where the back-end cannot run, too."""
+        artifact: Artifact = plugins.load("latbench.backends", self.backend).artifact
+        return artifact
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Every measurement option."""
+        return {**asdict(self.plan), "context": self.context, "fold_bn": self.fold_bn}
 
     def launcher(self) -> LocalLauncher:
-        cpus = () if self.simulated else cpus_for(int(self.options.get("threads", 1)))
+        simulated = self.backend_class.clock == "model"
+        cpus = () if simulated else cpus_for(int(self.options.get("threads", 1)))
         spec = plugins.spec("latbench.backends", self.backend)
         return LocalLauncher(WorkerSetup(spec, dict(self.options), cpus), python=self.python or sys.executable)
 
@@ -99,13 +112,13 @@ class Target:
             space=space.name if space else "",
             settings=space.settings() if space else {},
             options=dict(self.options),
-            policy={**asdict(self.plan), "context": self.context, "fold_bn": self.fold_bn},
+            policy=self.policy,
             environment={} if self.simulated else environment,
             clock_ref_us=None if probe is None else float(probe),
             seed=self.plan.seed,
-            command=shlex.join(["latbench", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "latbench" else "",
+            command=command_line(),
             commit=_commit(),
-            started_at=_now(),
+            started_at=now(),
             host=platform.node(),
         )
 
@@ -191,7 +204,7 @@ def profile(
         raise UsageError(f"{out.parent} is no directory: make it, or choose another -o")
     with target.launcher() as launcher:
         provenance = target.provenance(space, launcher.start())
-        header = {name: value for name, value in provenance.to_dict().items() if name in _HEADER}
+        header = {name: value for name, value in provenance.to_dict().items() if name in HEADER}
         with Spool(out, header) as spool:
             try:
                 held = _held(out, provenance)
@@ -200,14 +213,14 @@ def profile(
                     spool.remove()
                 raise
             provenance = replace(provenance, clock_ref_us=_clock_ref(held, spool, provenance))
-            if not spool.records:
+            if not any("clock_ref_us" in record for record in spool.records):  # new, or that line was damaged
                 spool.append({"clock_ref_us": provenance.clock_ref_us})
-            have = {_identity(row): row for row in (held.rows() if held else ()) if row.status == "ok"}
-            todo = [job for job in jobs if _identity(job.row) not in have]
+            have = {identity(row): row for row in (held.rows(samples=False) if held else ()) if row.status == "ok"}
+            todo = [job for job in jobs if identity(job.row) not in have]
             session = Session(
                 launcher,
                 target.plan,
-                target.backend_class.artifact,
+                target.artifact,
                 provenance.clock_ref_us,
                 record=lambda measurement: spool.append(measurement.to_dict()),
                 reporter=reporter,
@@ -224,7 +237,8 @@ def profile(
     return Outcome(table, out, len(jobs), n_missing, time.monotonic() - begin)
 
 
-_HEADER = ("device_name", "backend", "versions", "environment", "options", "policy", "space", "settings")
+# Conditions that another run must share to go on with an interrupted one.
+HEADER = ("device_name", "backend", "versions", "environment", "options", "policy", "space", "settings")
 
 
 def _held(out: Path, provenance: Provenance) -> LatencyTable | None:
@@ -264,29 +278,40 @@ def _assemble(
     gross = [finish(job.row, session.progress[job.key], origin=origin) for job in jobs if session.complete(job.key)]
     stubs = {row.key: row for row in (*have.values(), *gross) if row.kind == "stub"}
     rows = [increment(row, stubs) for row in gross]
-    provenance = replace(provenance, finished_at=_now())
+    provenance = replace(provenance, finished_at=now())
     notes: dict[str, Any] = {"canary": session.canary_notes()} if target.plan.canary_every else {}
     table = LatencyTable.from_rows(rows, provenance, notes)
-    if held is not None:
-        table = held.merge(table)
-    if isinstance(space, FactoredSpace):
-        contexts = ("sandwich", "isolated") if target.context == "both" else (target.context,)
-        found = {context: additivity(table, space, context) for context in contexts}
-        told = {context: figures for context, figures in found.items() if figures is not None}
-        if told:
-            main = next(iter(told))
-            table = replace(table, notes={**table.notes, "additivity": {"context": main, **told[main]}})
-            if len(told) > 1:
-                table = replace(table, notes={**table.notes, "additivity_isolated": told["isolated"]})
+    return with_sums(table if held is None else held.merge(table), space, target.context)
+
+
+def with_sums(table: LatencyTable, space: SearchSpace, context: Context) -> LatencyTable:
+    """The table with notes on how well sums of its blocks foretell its networks."""
+    if not isinstance(space, FactoredSpace):
+        return table
+    contexts = ("sandwich", "isolated") if context == "both" else (context,)
+    found = {where: additivity(table, space, where) for where in contexts}
+    told = {where: figures for where, figures in found.items() if figures is not None}
+    if told:
+        main = next(iter(told))
+        table = replace(table, notes={**table.notes, "additivity": {"context": main, **told[main]}})
+        if len(told) > 1:
+            table = replace(table, notes={**table.notes, "additivity_isolated": told["isolated"]})
     return table
 
 
-def _identity(row: Row) -> tuple[str, str, str]:
+def identity(row: Row) -> tuple[str, str, str]:
+    """By which a table tells rows apart."""
     return row.key, row.kind, row.context
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """The command that runs, shell-quoted; "" in a program that is not ``latbench``."""
+    return shlex.join(["latbench", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "latbench" else ""
 
 
 def _commit() -> str:
