@@ -19,11 +19,16 @@ LatbenchError                      exit 1: usage or user error
 
 from __future__ import annotations
 
+LONGEST = 2000  # letters of a message: names and values in it may come from a foreign file, of any length
+
 
 class LatbenchError(Exception):
-    """Says what is wrong, where, and what to do, in one line."""
+    """Says what is wrong, where, and what to do. Its text is one printable line, whatever a file put into it."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), LONGEST)
 
 
 class GraphError(LatbenchError):
@@ -58,7 +63,7 @@ class MissingEntryError(TableError, KeyError):
     """No row for a block: names its signature, the nearest entry and the command that would measure it."""
 
     def __str__(self) -> str:  # KeyError would print the repr
-        return str(self.args[0]) if self.args else ""
+        return one_line(self.args[0], LONGEST) if self.args else ""
 
 
 class InfeasibleTargetError(LatbenchError):
@@ -81,3 +86,24 @@ class BackendUnavailableError(EnvironmentUnfitError):
 
 class DeviceUnavailableError(EnvironmentUnfitError):
     """The device asked for is not in this machine."""
+
+
+# ---- foreign text in a message --------------------------------------------------------------------------------------
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """At most `limit` letters, on one line; what is not printable (it could rewrite a terminal) is spelled out."""
+    words = " ".join(str(text).split())
+    if not words.isprintable():
+        words = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words[:limit] + "…" * (len(words) > limit))
+    return words if len(words) <= limit else f"{words[: limit - 3]}..."
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A foreign value as Python spells it, short; no more than its type where it is nested or enormous."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= limit else f"{value[:limit]!r}..."
+    if isinstance(value, int) and abs(value) >= 10**limit:  # Python refuses to spell 4,300 digits and more
+        return f"a whole number of {value.bit_length()} bits"
+    plain = isinstance(value, (int, float, type(None)))
+    return repr(value) if plain else f"a value of type {type(value).__name__}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path("/")
 CPUS = "sys/devices/system/cpu"
+MAX_CPUS = 2**16  # in one range: Linux is built for 8,192 at most
 
 # Arm cores name themselves by number only: part number (implementer 0x41) -> name, as in lscpu.
 _ARM_CORES = {
@@ -91,7 +92,7 @@ def read(root: Path = ROOT) -> Host:
         governors=governors(root),
         turbo=turbo(root),
         hypervisor=hypervisor(root),
-        load_average=float(load[0]) if load else None,
+        load_average=float(load[0]) if load and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", load[0]) else None,
     )
 
 
@@ -106,14 +107,14 @@ def read_text(path: Path) -> str:
 def read_int(path: Path) -> int | None:
     """A file's integer; None where there is none."""
     text = read_text(path)
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
+    return int(text) if re.fullmatch(r"-?[0-9]{1,30}", text) else None
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
     """The kernel's list of CPUs: "0-2,5" -> (0, 1, 2, 5)."""
     cpus: list[int] = []
-    for first, last in re.findall(r"([0-9]+)(?:-([0-9]+))?", text):
-        cpus += range(int(first), int(last or first) + 1)
+    for first, last in re.findall(r"\b([0-9]{1,9})(?:-([0-9]{1,9}))?\b", text):
+        cpus += range(int(first), min(int(last or first), int(first) + MAX_CPUS) + 1)
     return tuple(cpus)
 
 
@@ -190,7 +191,7 @@ def hypervisor(root: Path = ROOT) -> str | None:
 def memory_bytes(root: Path, field: str) -> int | None:
     """One field of /proc/meminfo: "MemTotal", "MemAvailable", "SwapTotal", "SwapFree"."""
     words = "".join(_fields(root / "proc/meminfo").get(field, [])[:1]).split()
-    return int(words[0]) * 1024 if words else None
+    return int(words[0]) * 1024 if words and re.fullmatch(r"[0-9]{1,30}", words[0]) else None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

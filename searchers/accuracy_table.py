@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.errors import TableError, UsageError
+from latbench.errors import TableError, UsageError, one_line
 from latbench.spaces.base import Arch, SearchSpace
 
 Unit = Literal["fraction", "percent"]
@@ -32,10 +32,10 @@ class AccuracyTable:
         """From "FILE", "FILE:COLUMN" or "FILE:COLUMN:percent" (or "fraction"); without a column, "accuracy"."""
         path, column, unit = text, DEFAULT_COLUMN, None
         rest, _, last = text.rpartition(":")
-        if not Path(path).exists() and last in ("fraction", "percent"):
+        if not _exists(path) and last in ("fraction", "percent"):
             path, unit = rest, last
             rest, _, last = path.rpartition(":")
-        if not Path(path).exists() and rest:
+        if not _exists(path) and rest:
             path, column = rest, last
         return cls.read(Path(path), space, column, unit)  # type: ignore[arg-type]
 
@@ -105,15 +105,23 @@ def unit_of(values: NDArray[np.float64], where: str) -> Unit:
     return "fraction"
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
 def _columns(path: Path, column: str) -> tuple[Sequence[Any], NDArray[np.float64]]:
     """Spelled architectures and their values. Raises TableError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from latbench import parquet
 
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise TableError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        table = parquet.read(path)
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path} cannot be read: {one_line(error)}") from None
     if table.num_rows == 0:
         raise TableError(f"{path} holds no row")
     spelling = next((name for name in SPELLINGS if name in table.column_names), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, one_line, shown
 from searchers.base import DataSource
 
 Indices = NDArray[np.int64]
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
+MAX_PIXELS = 2**26  # of an image: 200 MB decoded; a few kilobytes of PNG can hold gigabytes of one colour
+MAX_CLASSES = 2**20  # of a data set: ImageNet-21k has 21,841; a name is kept for each up to the largest label
 TEST_SHARE = 0.2  # kept out of a source that has no test split of its own
 FRIENDS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashionmnist": "FashionMNIST"}
 KINDS = "digits, folder:DIR, parquet:FILE, " + ", ".join(f"{name}:DIR" for name in FRIENDS)
@@ -33,7 +37,7 @@ def open_data(data: str | DataSource) -> DataSource:
         return _parquet(Path(where))
     if kind in FRIENDS and where:
         return _friend(kind, Path(where))
-    raise UsageError(f"unknown data {data!r}: {KINDS}")
+    raise UsageError(f"unknown data {shown(data)}: {KINDS}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,12 @@ class ArraySource:
 
         try:
             with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
+                if image.width * image.height > MAX_PIXELS:  # before they are unpacked
+                    raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
                 return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on damage
+        except Exception as error:  # PIL's readers of damaged files raise whatever struct, zlib and arithmetic do
             which = f"image {index}" if isinstance(stored, bytes) else str(stored)
-            raise UsageError(f"{self.name}: {split} {which} cannot be decoded: {error}") from None
+            raise UsageError(f"{self.name}: {split} {which} cannot be decoded: {one_line(error)}") from None
 
 
 def _digits() -> ArraySource:
@@ -104,36 +110,62 @@ def _folder(root: Path) -> ArraySource:
 
 
 def _class_folders(root: Path) -> tuple[tuple[str, ...], list[str], Indices]:
-    from torchvision.datasets import ImageFolder
-
+    """As torchvision's ImageFolder, which walks a loop of links for ever and opens pipes."""
     try:
-        found = ImageFolder(str(root))
-    except (FileNotFoundError, NotADirectoryError) as error:  # no such folder, no class, a class without images
-        raise UsageError(f"folder:{root}: {' '.join(str(error).split())[:300]} (wanted: DIR/CLASS/image.png)") from None
-    return tuple(found.classes), [path for path, _ in found.samples], np.array(found.targets, np.int64)
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise UsageError(f"folder:{root}: {error.strerror} (wanted: DIR/CLASS/image.png)") from None
+    found = {name: _pictures(root / name) for name in classes}
+    empty = [name for name, paths in found.items() if not paths]
+    if empty or not classes:
+        what = f"no image in the class folder {empty[0]}" if empty else "no class folder"
+        raise UsageError(f"folder:{root}: {what} (wanted: DIR/CLASS/image.png)")
+    labels = [label for label, paths in enumerate(found.values()) for _ in paths]
+    return tuple(classes), [path for paths in found.values() for path in paths], np.array(labels, np.int64)
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Regular files with an image's ending, links followed, each folder once."""
+    paths, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        found = Path(here).stat()
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        paths += [str(path) for name in names if (path := Path(here, name)).suffix.lower() in IMAGES and path.is_file()]
+    return sorted(paths)
 
 
 def _parquet(path: Path) -> ArraySource:
     """Columns `image` (bytes, or a struct with `bytes`), `label` (int, or text), and, if there, `split`."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from latbench import parquet
 
     name = f"parquet:{path}"
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from None
-    if missing := {"image", "label"} - set(table.column_names):
-        raise UsageError(f"{name} has no column {' or '.join(sorted(missing))}: {', '.join(table.column_names)}")
+        table = parquet.read(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name} cannot be read: {one_line(error)}") from None
+    columns = table.column_names
+    if missing := {"image", "label"} - set(columns):
+        raise UsageError(f"{name} has no column {' or '.join(sorted(missing))}: {', '.join(columns)}")
     images = table["image"].combine_chunks()
     if pa.types.is_struct(images.type):
+        if "bytes" not in [field.name for field in images.type]:
+            raise UsageError(f"{name}: its column image holds {images.type}, without bytes")
         images = images.field("bytes")
     if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
         raise UsageError(f"{name}: its column image holds {images.type}, not encoded images (PNG or JPEG bytes)")
+    if not _labelled(table["label"].type):
+        raise UsageError(f"{name}: its column label holds {table['label'].type}, neither whole numbers nor text")
     raw = table["label"].to_numpy()
     if table.num_rows == 0 or table["label"].null_count or images.null_count:
         raise UsageError(f"{name} holds no images, or rows without an image or a label")
     values = np.unique(raw)
+    if raw.dtype.kind in "iu" and not 0 <= int(values[0]) <= int(values[-1]) < MAX_CLASSES:
+        raise UsageError(f"{name}: labels from {values[0]} to {values[-1]}: number the classes from 0")
     if raw.dtype.kind in "iu":
         labels, classes = raw.astype(np.int64), tuple(str(i) for i in range(int(values[-1]) + 1))
     else:
@@ -151,14 +183,24 @@ def _parquet(path: Path) -> ArraySource:
     )
 
 
+def _labelled(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _friend(kind: str, root: Path) -> ArraySource:
     """A data set that torchvision reads, as it lies in `root`; nothing is downloaded."""
     import torchvision
 
     dataset = getattr(torchvision.datasets, FRIENDS[kind])
-    try:
+    if (root / FRIENDS[kind] / "processed").exists():  # pickles, which torchvision prefers, and older ones just run
+        raise UsageError(
+            f"{kind}:{root} holds files of torchvision before 0.9: remove {root / FRIENDS[kind]}/processed"
+        )
+    try:  # CIFAR's files are pickles: torchvision opens those only that are the published ones, by their checksums
         train, test = dataset(str(root), train=True), dataset(str(root), train=False)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, OSError, LookupError, TypeError, ValueError) as error:  # damaged idx files
         get = f"python -c \"from torchvision.datasets import {FRIENDS[kind]} as D; D('{root}', download=True)\""
         raise UsageError(f"{kind}:{root}: {' '.join(str(error).split())}; to fetch it, run: {get}") from None
     return ArraySource(

@@ -35,12 +35,13 @@ def parse(text: str) -> EngineInfo:
         raw = json.loads(text)
         layers = tuple(_layer(one) for one in raw["Layers"])
         # Until 10 names only; from 11 on objects: docs.nvidia.com, "Migrating IEngineInspector Usage"
-        tensors = raw["Bindings"] if "Bindings" in raw else [one["Name"] for one in raw["I/O Tensors"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = raw["Bindings"] if "Bindings" in raw else [one["Name"] for one in raw["I/O Tensors"]]
+        tensors = tuple(str(name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MeasurementError(
             f"the engine inspector's JSON has no known form: {type(error).__name__}: {error}"
         ) from error
-    return EngineInfo(layers, tuple(str(name) for name in tensors))
+    return EngineInfo(layers, tensors)
 
 
 def _layer(raw: Any) -> EngineLayer:

@@ -63,7 +63,7 @@ class Settings:
 
 def release_of(version: str) -> tuple[int, int]:
     """Major and minor of a version. Raises MeasurementError where it does not start with two numbers."""
-    found = re.match(r"(\d+)\.(\d+)", version)
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", version)
     if found is None:
         raise MeasurementError(f"TensorRT calls itself {version!r}: that is no version")
     return int(found[1]), int(found[2])

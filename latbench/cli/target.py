@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from latbench import devices, plugins
-from latbench.errors import BackendUnavailableError, UsageError
+from latbench.errors import BackendUnavailableError, UsageError, shown
 from latbench.graph.ir import DType
 from latbench.measure.base import SamplingPlan
 from latbench.measure.monitor import Nvml, locked_clock
@@ -86,7 +86,7 @@ def assignment(text: str) -> tuple[str, Any]:
     """ "channels=16" -> ("channels", 16): a number or a truth value where it reads as one. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise UsageError(f"{text!r} is no setting: write NAME=VALUE")
+        raise UsageError(f"{shown(text)} is no setting: write NAME=VALUE")
     try:
         return name, json.loads(value)
     except ValueError:

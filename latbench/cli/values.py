@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import click
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 
 _SECONDS = {
     "ns": Decimal("1e-9"),
@@ -50,7 +50,7 @@ def parse_latency(text: str) -> float:
     """Milliseconds, above zero, of "4ms", "350us". Raises UsageError."""
     latency_ms = float(_duration(text, "4ms, 350us, 1.2s") * 1000)
     if latency_ms == 0:
-        raise UsageError(f"{text!r}: a latency must be above zero (4ms, 350us, 1.2s)")
+        raise UsageError(f"{shown(text)}: a latency must be above zero (4ms, 350us, 1.2s)")
     return latency_ms
 
 
@@ -58,10 +58,11 @@ def parse_percent(text: str) -> float:
     """Share between 0 and 1 of "2%" or "0.02". Raises UsageError."""
     match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", text)
     if match is None:
-        raise UsageError(f"{text!r} is no percentage: write 2% or 0.02")
+        raise UsageError(f"{shown(text)} is no percentage: write 2% or 0.02")
     share = float(Decimal(match[1]) / (100 if match[2] else 1))
     if share > 1:
-        raise UsageError(f"{text!r} is more than 100%" + ("" if match[2] else f": did you mean {text.strip()}%?"))
+        hint = "" if match[2] else f": did you mean {match[1][:20]}%?"
+        raise UsageError(f"{shown(text)} is more than 100%{hint}")
     return share
 
 
@@ -69,7 +70,7 @@ def parse_shape(text: str) -> InputShape:
     """Name (everything before the last colon) and dimensions of "input:1x3x224x224". Raises UsageError."""
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is no shape: write 1x3x224x224 or input:1x3x224x224, every size above zero")
+        raise UsageError(f"{shown(text)} is no shape: write 1x3x224x224 or input:1x3x224x224, every size above zero")
     return InputShape(match["name"], tuple(int(size) for size in match["dims"].split("x")))
 
 
@@ -78,7 +79,7 @@ def parse_dtype(text: str) -> Literal["float32", "float16"]:
     try:
         return _DTYPES[text.strip().lower()]
     except KeyError:
-        raise UsageError(f"unknown dtype {text!r}: fp32 or fp16") from None
+        raise UsageError(f"unknown dtype {shown(text)}: fp32 or fp16") from None
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.4 only

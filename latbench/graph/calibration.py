@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
-from latbench.errors import BackendUnavailableError, UsageError
+from latbench import foreign
+from latbench.errors import BackendUnavailableError, UsageError, one_line
 from latbench.graph.onnx_shapes import dims
 from latbench.graph.quantize import Range
 
 Batch = Mapping[str, NDArray[Any]]  # by input
 Run = Callable[[Batch], Mapping[str, NDArray[Any]]]  # one inference of an ``exposed`` model
 
+MAX_BYTES = 2 * 2**30  # of a file of arrays: 3,500 images of 224 pixels; 500 are enough
+MAX_PIXELS = 2**26  # of an image, as it lies there or resized: 200 MB; a few kilobytes of PNG can hold gigabytes
 MAX_SAMPLES = 512  # of a folder's images, evenly spread; NVIDIA's guide: 500 are enough for convolutional networks
 _BINS = 2048
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -98,18 +101,20 @@ def read_batches(path: Path, model: ModelProto) -> list[Batch]:
 
 def _arrays(path: Path, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        what = f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else "is none"
-        raise UsageError(f"calibration data is .npy, .npz or a folder of images; {path} {what}") from None
-    if isinstance(loaded, np.ndarray):
-        if len(inputs) != 1:
-            raise UsageError(
-                f"{path} is one array, the model has inputs {', '.join(inputs)}: give .npz, arrays by name"
-            )
-        return {inputs[0]: loaded}
-    with loaded:
-        arrays = {name: loaded[name] for name in loaded.files}
+        data = foreign.read_bytes(path, MAX_BYTES)
+        if data.startswith(b"PK"):
+            arrays: dict[str, NDArray[Any]] = foreign.read_npz(data, MAX_BYTES)
+        elif data and len(inputs) != 1:
+            names = ", ".join(inputs)
+            raise UsageError(f"{path} is one array, the model has inputs {names}: give .npz, arrays by name")
+        else:
+            arrays = {inputs[0]: foreign.read_npy(data)}
+    except OSError as error:
+        raise UsageError(
+            f"calibration data is .npy, .npz or a folder of images; {path} cannot be read: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"calibration data is .npy, .npz or a folder of images; {path} is none: {error}") from None
     return {inputs[0]: arrays.popitem()[1]} if len(arrays) == len(inputs) == 1 else arrays
 
 
@@ -124,7 +129,7 @@ def _images(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ND
         from PIL import Image
     except ImportError:
         raise BackendUnavailableError("reading images needs pillow; run: pip install pillow") from None
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES and path.is_file())
     if not paths:
         raise UsageError(f"{folder} holds no image ({', '.join(_IMAGES)})")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, MAX_SAMPLES).astype(int))]
@@ -134,11 +139,16 @@ def _images(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ND
 def _prepared(module: Any, path: Path, height: int, width: int) -> NDArray[np.float32]:
     """(3, height, width). `module` is PIL's Image."""
     try:
-        image = module.open(path).convert("RGB")
-    except OSError as error:
-        raise UsageError(f"{path} is no image that can be read ({error}): take it out of the folder") from None
-    scale = _RESIZE * max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        with module.open(path) as file:
+            scale = _RESIZE * max(height / file.height, width / file.width)
+            size = (max(width, round(file.width * scale)), max(height, round(file.height * scale)))
+            if max(file.width * file.height, size[0] * size[1]) > MAX_PIXELS:  # before they are unpacked
+                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+            image = file.convert("RGB")
+    except Exception as error:  # PIL's readers of damaged files raise whatever struct, zlib and arithmetic do
+        raise UsageError(
+            f"{path} is no image that can be read ({one_line(error)}): take it out of the folder"
+        ) from None
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     pixels = np.asarray(image.resize(size).crop((left, top, left + width, top + height)), np.float32)  # (H, W, 3)
     prepared: NDArray[np.float32] = ((pixels / np.float32(255) - _MEAN) / _STD).transpose(2, 0, 1).astype(np.float32)

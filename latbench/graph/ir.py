@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from latbench import foreign
 from latbench.errors import GraphError
 from latbench.graph.ops import OPS, Op, Shape
 
@@ -122,7 +123,7 @@ class Graph:
     def from_json(cls, text: str) -> Graph:
         """Raises GraphError on malformed text, unknown operators or attributes."""
         try:
-            raw = json.loads(text)
+            raw = foreign.parse_json(text)
             nodes = []
             for n in raw["nodes"]:
                 attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in n["attributes"].items()}

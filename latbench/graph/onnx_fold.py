@@ -21,6 +21,8 @@ from latbench.graph.passes import FoldReport
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _WIRES = ("Constant", "Identity", "Transpose")  # what may stand between an initializer and the node that reads it
 
+_MAX_WIRES = 16  # in a row: exporters write two; a chain of thousands would be walked for each that reads it
+
 Array = NDArray[np.float64]
 
 
@@ -52,6 +54,16 @@ def fold_batch_norm(model: ModelProto) -> tuple[ModelProto, FoldReport]:
             kept += [(label(inner), where) for inner in walk(body) if inner.op_type == "BatchNormalization"]
     editor.finish()
     return result, FoldReport(tuple(folded), tuple(kept))
+
+
+def _turned(value: NDArray[np.generic], turns: list[list[int] | None]) -> NDArray[np.generic] | None:
+    """`value` after these transpositions, the last one first; None where they do not fit it."""
+    try:
+        for perm in reversed(turns):
+            value = np.transpose(value, perm)
+    except ValueError:
+        return None
+    return value
 
 
 class _Unfoldable(Exception):  # noqa: N818  (never leaves this module)
@@ -90,19 +102,21 @@ class _Editor:
         torch.onnx.export writes equal initializers once and the others as Identity of the first, and transposes the
         weight of a bias-free Linear in the graph.
         """
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
-        node = self.producers.get(name)
-        if node is None or node.op_type not in _WIRES:
-            return None
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Constant":
-            value = next((v for k, v in attributes.items() if k.startswith("value")), None)
-            return numpy_helper.to_array(value) if isinstance(value, TensorProto) else None
-        inner = self.constant(node.input[0])
-        if inner is None or node.op_type == "Identity":
-            return inner
-        return np.transpose(inner, attributes.get("perm"))
+        turns: list[list[int] | None] = []  # of the transpositions passed on the way to the initializer
+        for _ in range(_MAX_WIRES):
+            if name in self.initializers:
+                return _turned(numpy_helper.to_array(self.initializers[name]), turns)
+            node = self.producers.get(name)
+            if node is None or node.op_type not in _WIRES:
+                return None
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Constant":
+                value = next((v for k, v in attributes.items() if k.startswith("value")), None)
+                return _turned(numpy_helper.to_array(value), turns) if isinstance(value, TensorProto) else None
+            if node.op_type == "Transpose":
+                turns.append(attributes.get("perm"))
+            name = node.input[0]
+        return None
 
     def add_constant(self, value: NDArray[np.generic], name: str) -> str:
         """Stores a new initializer under `name`, or under `name` and a number where that is taken."""

@@ -17,8 +17,9 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, ValueInfoProto, checker, defs, helper, inliner, numpy_helper
 
-from latbench.errors import ModelError, UsageError
+from latbench.errors import ModelError, UsageError, one_line, shown
 from latbench.graph.onnx_fold import fold_batch_norm
+from latbench.graph.onnx_limits import check_bytes, check_functions
 from latbench.graph.onnx_proto import drop_initializer_inputs, label, opset, subgraphs, walk
 from latbench.graph.onnx_shapes import dims, value_shapes
 from latbench.graph.onnx_summary import ModelSummary, summarise
@@ -50,7 +51,7 @@ def load(path: str | Path, shapes: Mapping[str | None, Shape] = {}) -> ModelProt
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ModelError(f"{path} cannot be read: {_one_line(error)}") from None
+        raise ModelError(f"{path} cannot be read: {one_line(error)}") from None
     return from_bytes(data, shapes, source=str(path), folder=path.parent)
 
 
@@ -72,11 +73,6 @@ def from_bytes(
     return _fix_shapes(model, shapes, source)
 
 
-def _one_line(error: object, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
 # ── reading ──────────────────────────────────────────────────────────────────
 
 
@@ -85,6 +81,7 @@ def _parse(data: bytes, source: str) -> ModelProto:
         raise ModelError(f"{source} is empty")
     if data.startswith(b"version https://git-lfs"):
         raise ModelError(f"{source} is a git-lfs pointer, not the model: git lfs pull")
+    check_bytes(data, source)
     model = ModelProto()
     try:
         model.ParseFromString(data)
@@ -92,6 +89,7 @@ def _parse(data: bytes, source: str) -> ModelProto:
         raise ModelError(f"{source} is not an ONNX model, or only a part of one") from None
     if not model.HasField("graph"):  # any short text can be a protobuf of unknown fields
         raise ModelError(f"{source} is not an ONNX model, or only a part of one: it holds no graph")
+    check_functions(model, source)
     if not _is_text(model):
         raise ModelError(f"{source} is damaged: it holds names that are not printable text")
     if not opset(model):
@@ -139,7 +137,7 @@ def _embed_external_data(model: ModelProto, source: str, folder: Path | None) ->
     total = model.ByteSize()
     for tensor in outside:
         entries = {e.key: e.value for e in tensor.external_data}
-        where = f"{source}: weight {tensor.name!r} lies in {entries.get('location', '')!r}"
+        where = f"{source}: weight {shown(tensor.name)} lies in {shown(entries.get('location', ''))}"
         if folder is None:
             raise ModelError(f"{where}, but the model came without a folder: give the file's path")
         path = _inside(folder, entries.get("location", ""), where)
@@ -149,6 +147,8 @@ def _embed_external_data(model: ModelProto, source: str, folder: Path | None) ->
             length = int(entries.get("length", nbytes))
         except (KeyError, TypeError, ValueError):
             raise ModelError(f"{where}, and its type, offset or length is malformed") from None
+        if length != nbytes:
+            raise ModelError(f"{where}, {length} bytes of it, and its shape has {nbytes}")
         total += length
         if total > _MAX_BYTES:
             raise ModelError(f"{source} with its external data is larger than 2 GiB: too large to hand to a runtime")
@@ -170,7 +170,7 @@ def _inside(folder: Path, location: str, where: str) -> Path:
         if not path.is_file():
             raise ModelError(f"{where}, which is not there: put the data beside the model")
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name
-        raise ModelError(f"{where}: {_one_line(error)}") from None
+        raise ModelError(f"{where}: {one_line(error)}") from None
     return path
 
 
@@ -180,7 +180,7 @@ def _inline_functions(model: ModelProto, source: str) -> ModelProto:
     try:
         return inliner.inline_local_functions(model)
     except (RuntimeError, ValueError, checker.ValidationError) as error:
-        raise ModelError(f"{source}: its functions cannot be inlined: {_one_line(error)}") from None
+        raise ModelError(f"{source}: its functions cannot be inlined: {one_line(error)}") from None
 
 
 # ── checking ─────────────────────────────────────────────────────────────────
@@ -202,7 +202,7 @@ def _check_tensor(tensor: TensorProto, source: str) -> None:
     try:
         numpy_helper.to_array(tensor)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{source}: weight {tensor.name!r} is malformed: {_one_line(error)}") from None
+        raise ModelError(f"{source}: weight {tensor.name!r} is malformed: {one_line(error)}") from None
 
 
 def _check_operators(model: ModelProto, source: str) -> None:
@@ -218,7 +218,7 @@ def _check_operators(model: ModelProto, source: str) -> None:
         domain, version = node.domain or "ai.onnx", versions.get(node.domain, 0)
         try:
             schema = defs.get_schema(node.op_type, version, node.domain)
-        except defs.SchemaError:
+        except (defs.SchemaError, TypeError):  # TypeError: a version beyond 32 bits
             raise ModelError(f"{where}: domain {domain} opset {version} has no operator {node.op_type}") from None
         if schema.deprecated:
             raise ModelError(f"{where}: domain {domain} opset {version} no longer has the operator {node.op_type}")
@@ -232,7 +232,7 @@ def _check(model: ModelProto, source: str) -> None:
     try:
         checker.check_model(model)
     except (checker.ValidationError, UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"{source} is not a valid ONNX model: {_one_line(error)}") from None
+        raise ModelError(f"{source} is not a valid ONNX model: {one_line(error)}") from None
     for tensor in bare:
         tensor.ClearField("shape")
     if not model.graph.node or not model.graph.output:
@@ -255,9 +255,9 @@ def _fix_shapes(model: ModelProto, shapes: Mapping[str | None, Shape], source: s
         _bind(inputs[name], shape, bound, source)
     open_inputs = [name for name, value in inputs.items() if not _settle(value, given.get(name), bound)]
     if open_inputs:
-        shown = ", ".join(f"{name!r} of shape {_text(inputs[name])}" for name in open_inputs)
+        told = ", ".join(f"{name!r} of shape {_text(inputs[name])}" for name in open_inputs)
         flags = " ".join(f"--shape {name}:{'x'.join(map(str, _example(inputs[name])))}" for name in open_inputs)
-        raise ModelError(f"{source} leaves dimensions open, input {shown}: fix them, for example {flags}")
+        raise ModelError(f"{source} leaves dimensions open, input {told}: fix them, for example {flags}")
     if given or any(dims(output) is None for output in model.graph.output):
         _refresh(model)
     return model

@@ -18,11 +18,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from latbench.errors import TableError, UsageError
+from latbench.errors import TableError, UsageError, shown
 from latbench.files import replace_file, why_not
 from latbench.graph.ir import Graph
 from latbench.graph.ops import Conv2d, pair
-from latbench.importers.base import Source, block_row, json_lines, network_rows, shown, to_ms
+from latbench.importers.base import Source, block_row, json_lines, network_rows, to_ms
 from latbench.oracle.base import space_of
 from latbench.spaces.base import Arch, Site
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space

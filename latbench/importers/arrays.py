@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from latbench.errors import TableError, UsageError
-from latbench.importers.base import Source, known_unit, network_rows, shown, to_ms
+from latbench import parquet
+from latbench.errors import TableError, UsageError, one_line, shown
+from latbench.importers.base import Source, known_unit, network_rows, to_ms
 from latbench.spaces.base import Arch, SearchSpace
 from latbench.spaces.fbnet import FBNetSpace
 from latbench.spaces.nasbench201 import EDGES, NASBench201Space
@@ -44,6 +46,8 @@ LAYOUTS: Mapping[str, tuple[type[SearchSpace], tuple[str, ...], Encoder]] = Mapp
         ),
     }
 )
+MAX_CSV = 32 * 2**20  # bytes: a cell of two letters is 60 bytes in memory
+MAX_COLUMNS = 10_000  # the widest published table has 80; each is an object of its own
 _NOT_LATENCIES = re.compile(r"arch_index|macs|flops|params|d\d+", re.IGNORECASE)
 
 
@@ -66,7 +70,7 @@ def read(
         )
     others = [str(c) for c in frame.columns if c not in arch_columns and not _NOT_LATENCIES.fullmatch(str(c))]
     if column is None or column not in others:
-        said = "add --column NAME" if column is None else f"no column {column!r} of latencies"
+        said = "add --column NAME" if column is None else f"no column {shown(column)} of latencies"
         raise UsageError(f"{source.path}: {said}: there are {', '.join(others) or 'none'}")
     unit = known_unit(unit, column)
     if "batch" not in settings and re.search(r"_\d+$", column):
@@ -93,10 +97,10 @@ def _frame(source: Source) -> pd.DataFrame:
     """The file's columns. Raises TableError where it is neither parquet nor csv, is damaged, or a name repeats."""
     if source.data.startswith(b"PAR1"):
         try:
-            frame: pd.DataFrame = pd.read_parquet(io.BytesIO(source.data))
+            frame: pd.DataFrame = parquet.read(source.data).to_pandas(ignore_metadata=True)
             return frame
-        except (ValueError, OSError) as error:  # pyarrow's are both
-            raise TableError(f"{source.path} is damaged or cut off: {' '.join(str(error).split())[:160]}") from None
+        except (ValueError, NotImplementedError) as error:  # NotImplementedError: types that pandas lacks
+            raise TableError(f"{source.path} is damaged or cut off: {one_line(error)}") from None
     if source.path.suffix == ".parquet":
         raise TableError(f"{source.path} is no parquet file")
     return _csv(source)
@@ -104,14 +108,18 @@ def _frame(source: Source) -> pd.DataFrame:
 
 def _csv(source: Source) -> pd.DataFrame:
     """Numbers as floats, to the last digit; what is none stays text."""
+    if len(source.data) > MAX_CSV:
+        raise TableError(f"{source.path} is larger than {MAX_CSV >> 20} MiB: no published table is; give parquet")
     reader = csv.reader(io.StringIO(source.text), strict=True)
     try:
         header, *lines = reader
     except (csv.Error, ValueError) as error:
         raise source.wrong(f"line {reader.line_num}", f"no csv: {error}") from None
-    repeated = [name for name in header if header.count(name) > 1]
+    if len(header) > MAX_COLUMNS:
+        raise source.wrong("the header", f"{len(header)} columns, more than {MAX_COLUMNS}: no published table has")
+    repeated = [name for name, n in Counter(header).items() if n > 1]
     if repeated:
-        raise source.wrong("the header", f"two columns are called {repeated[0]!r}")
+        raise source.wrong("the header", f"two columns are called {shown(repeated[0])}")
     for i, line in enumerate(lines):
         if len(line) != len(header):
             raise source.wrong(f"row {i}", f"{len(line)} cells, the header has {len(header)}: cut off?")
@@ -132,7 +140,7 @@ def _whole(source: Source, frame: pd.DataFrame, columns: tuple[str, ...]) -> Any
     for j, name in enumerate(columns):
         values = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
         with np.errstate(invalid="ignore"):
-            wrong = np.flatnonzero(~(values == np.floor(values)) | ~np.isfinite(values))
+            wrong = np.flatnonzero(~((values == np.floor(values)) & (np.abs(values) < 2**53)))  # NaN included
         if len(wrong):
             i = int(wrong[0])
             raise source.wrong(f"row {i}, column {name}", f"{shown(frame[name].tolist()[i])} is no whole number")

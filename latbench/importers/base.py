@@ -12,13 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latbench.errors import TableError, UsageError
+from latbench.errors import TableError, UsageError, shown
 from latbench.graph.ir import Graph
 from latbench.provenance import Provenance
 from latbench.spaces.base import Arch, SearchSpace, Site
 from latbench.tables import Row
 
 MAX_BYTES = 256 * 2**20  # of any file: the largest public table is 20 MiB
+MAX_JSON = 32 * 2**20  # letters of one JSON value: two are a list of 64 bytes in memory
+MAX_MS = 1e9  # of one inference, 11 days: beyond it a figure is damage, and squares of it leave the floats
 
 _TO_MS: Mapping[str, Callable[[float], float]] = {  # divisions, not products: 0.001 is no binary fraction
     "ms": lambda value: value,
@@ -92,25 +94,17 @@ def to_ms(source: Source, value: Any, unit: str, where: str, *, zero: bool = Fal
         ms = _TO_MS[unit](float(value))
     except OverflowError:
         ms = math.inf
-    if not math.isfinite(ms) or ms < 0 or (ms == 0 and not zero):
-        raise source.wrong(
-            where, f"a latency of {ms} ms: it must be finite and {'no less than' if zero else 'above'} 0"
-        )
+    if not math.isfinite(ms) or ms < 0 or (ms == 0 and not zero) or ms > MAX_MS:
+        least = "no less than" if zero else "above"
+        raise source.wrong(where, f"a latency of {ms} ms: it must be finite, {least} 0, and no more than {MAX_MS:g}")
     return ms
-
-
-def shown(value: object) -> str:
-    """A value in an error: short, and safe where it is nested or enormous."""
-    return (
-        repr(value)[:60] if isinstance(value, str | float | bool | None) else f"a value of type {type(value).__name__}"
-    )
 
 
 def known_unit(unit: str | None, hint: str = "") -> str:
     """The unit that was given, or that a column's name holds (``latency_ms_1080ti``). Raises UsageError."""
     named = [part for part in hint.lower().split("_") if part in ("ms", "us")]
     if unit is not None and unit not in UNITS:
-        raise UsageError(f"unknown unit {unit!r}: {', '.join(UNITS)}")
+        raise UsageError(f"unknown unit {shown(unit)}: {', '.join(UNITS)}")
     if unit is not None and named and named[0] != unit:
         raise UsageError(f"--unit {unit}, but the column is called {hint}")
     if unit is None and not named:
@@ -123,13 +117,15 @@ def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in pairs:
         if name in out:
-            raise ValueError(f"{name!r} appears twice")
+            raise ValueError(f"{shown(name)} appears twice")
         out[name] = value
     return out
 
 
 def parse_json(source: Source, text: str, where: str) -> Any:
     """One JSON value. Raises TableError, naming `where`."""
+    if len(text) > MAX_JSON:
+        raise source.wrong(where, f"larger than {MAX_JSON >> 20} MiB: no published table is")
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from latbench.errors import TableError
+from latbench.errors import TableError, shown
 from latbench.graph.ir import Graph
-from latbench.importers.base import Source, block_row, known_unit, shown, to_ms
+from latbench.importers.base import Source, block_row, known_unit, to_ms
 from latbench.spaces.base import Site
 from latbench.spaces.ofa_mbv3 import FEATURES, FINAL_WIDTH, OFAMobileNetV3Space
 from latbench.tables import LatencyTable, Row
@@ -30,7 +30,8 @@ _LAYER = re.compile(
 _OTHER = re.compile(rf"(Conv|Conv_1|AvgPool2D|Conv_2|Logits)-input:{_SIDE}-output:(\d+(?:x\d+x\d+)?)")
 _REFERENCES = re.compile(r"[&*]")  # YAML's anchors and aliases: no layer's name has them, a bomb does
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
-MAX_BYTES = 32 * 2**20
+MAX_DEPTH = 4  # of a mapping of layers to mappings: 2
+MAX_BYTES = 4 * 2**20  # a table of one resolution is 0.1 MiB, and YAML takes 30 s for this
 
 
 class _Strict(_LOADER):  # type: ignore[misc,valid-type]
@@ -110,6 +111,15 @@ def _blocks(space: OFAMobileNetV3Space) -> Iterator[tuple[Site, Graph]]:
                 yield site, graph
 
 
+def _check_depth(source: Source) -> None:
+    """Event by event: the loader recurses, and libyaml's overruns the C stack on 50,000 brackets."""
+    depth = 0
+    for event in yaml.parse(source.text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise TableError(f"{source.path} is no YAML as once-for-all writes it: nested deeper than {MAX_DEPTH}")
+
+
 def _figures(source: Source, unit: str) -> dict[str, float]:
     """Key -> ms. Raises TableError on what is no such table."""
     if len(source.data) > MAX_BYTES:
@@ -117,6 +127,7 @@ def _figures(source: Source, unit: str) -> dict[str, float]:
     if found := _REFERENCES.search(source.text):
         raise TableError(f"{source.path} is refused: it holds {found[0]!r}, YAML's references, which no such table has")
     try:
+        _check_depth(source)
         raw = yaml.load(source.text, _Strict)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise TableError(

@@ -8,11 +8,12 @@ numbers, so nothing nested is ever hashed.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from typing import Any
 
 from latbench.errors import TableError
 
-MAX_BYTES = 64 * 2**20  # the largest known table of this kind is 0.5 MB
+MAX_BYTES = 4 * 2**20  # the largest known table of this kind is 0.5 MB; a byte can be a list of 64 in memory
 
 _ORDERED_DICT = "collections OrderedDict"
 _LITERALS = frozenset(
@@ -36,7 +37,9 @@ def loads(data: bytes, name: str) -> Any:
     if len(data) > MAX_BYTES:
         raise TableError(f"{name} is larger than {MAX_BYTES >> 20} MiB: refused as a pickle")
     try:
-        return _run(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, on odd escapes in a STRING
+            return _run(data)
     except _RefusedError as error:
         raise TableError(f"{name} is refused: {error}, and only plain containers and numbers are read") from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:  # a stack that does not fit its opcodes

@@ -13,10 +13,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.ir import Graph
 from latbench.importers import plain_pickle
-from latbench.importers.base import Source, block_row, shown, to_ms
+from latbench.importers.base import Source, block_row, to_ms
 from latbench.spaces.mbconv import OPERATIONS, STAGES, SWISH, BlockSite, TFNASSpace
 from latbench.tables import LatencyTable, Row
 

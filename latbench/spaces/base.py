@@ -17,13 +17,20 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Shape
 
 Scalar = int | float | str | bool
 Arch = tuple[int, ...]  # one option index per decision
 S = TypeVar("S", bound="SearchSpace")
+MAX_SEED_DIGITS = 40  # 128 bits, as numpy draws them itself; Python reads 4,300 at most
+
+# What a table's metadata may say of its space, a foreign one's too: beyond these, counts leave 64 bits and the lists of
+# options and blocks leave memory, and no device has measured such a network.
+MAX_PIXELS = 2**32  # of one inference, batch times height times width: 48 GiB of input in float32
+MAX_CHANNELS = 2**20  # of a layer, classes included
+MAX_LAYERS = 1000  # of one kind: stages, cells, candidates; a network of so many takes a second to build
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -53,11 +60,24 @@ class SearchSpace(ABC):
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise UsageError(f"{self.name}: batch must be at least 1, got {self.batch}")
+            raise UsageError(f"{self.name}: batch must be at least 1, got {shown(self.batch)}")
         if self.resolution < self.min_resolution:
-            raise UsageError(f"{self.name}: resolution must be at least {self.min_resolution}, got {self.resolution}")
+            raise UsageError(
+                f"{self.name}: resolution must be at least {self.min_resolution}, got {shown(self.resolution)}"
+            )
+        if self.batch * self.resolution**2 > MAX_PIXELS:
+            raise UsageError(
+                f"{self.name}: batch {shown(self.batch)} at resolution {shown(self.resolution)} is more than "
+                f"{MAX_PIXELS} pixels"
+            )
         if self.dtype not in get_args(DType):
-            raise UsageError(f"{self.name}: unknown dtype {self.dtype!r}: {' or '.join(get_args(DType))}")
+            raise UsageError(f"{self.name}: unknown dtype {shown(self.dtype)}: {' or '.join(get_args(DType))}")
+
+    def _at_most(self, most: float, *names: str) -> None:
+        """Raises UsageError where one of these settings is larger."""
+        for name in names:
+            if not getattr(self, name) <= most:
+                raise UsageError(f"{self.name}: {name} must be at most {most}, got {shown(getattr(self, name))}")
 
     @property
     @abstractmethod
@@ -118,15 +138,18 @@ class SearchSpace(ABC):
             return self.published[text]
         kind, colon, seed = text.partition(":")
         if kind == "random" and colon:
-            if not seed.isdecimal():
-                raise UsageError(f"{self.name}: random:SEED takes a whole number, got {seed!r}")
+            if not (seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
+                raise UsageError(
+                    f"{self.name}: random:SEED takes a whole number of {MAX_SEED_DIGITS} digits at most, got "
+                    f"{shown(seed)}"
+                )
             return self.sample(np.random.default_rng(int(seed)))
         try:
             arch = tuple(int(part) for part in text.split(","))
         except ValueError:
             names = ", ".join(self.published) or "none"
             raise UsageError(
-                f"{self.name}: {text!r} is no architecture: give {len(self.decisions)} option indices such as"
+                f"{self.name}: {shown(text)} is no architecture: give {len(self.decisions)} option indices such as"
                 f" {self.format_arch((0,) * len(self.decisions))}, or random:SEED, or a published name ({names})"
             ) from None
         self.check(arch)
@@ -150,11 +173,11 @@ class SearchSpace(ABC):
         """The space of these settings, defaults for what is left out. Raises UsageError on an unknown one."""
         known = [field.name for field in fields(cls)]
         for unknown in settings.keys() - set(known):
-            raise UsageError(f"{cls.name} has no setting {unknown!r}: {', '.join(known)}")
+            raise UsageError(f"{cls.name} has no setting {shown(unknown)}: {', '.join(known)}")
         for field in fields(cls):
             kind, value = type(field.default), settings.get(field.name, field.default)
             if kind in _KINDS and type(value) is not kind and not (kind is float and type(value) is int):
-                raise UsageError(f"{cls.name}: {field.name} must be {_KINDS[kind]}, got {value!r}")
+                raise UsageError(f"{cls.name}: {field.name} must be {_KINDS[kind]}, got {shown(value)}")
         return cls(**settings)
 
 

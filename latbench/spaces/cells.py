@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import ClassVar
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import (
     RELU,
     batch_norm,
@@ -29,7 +29,7 @@ from latbench.graph.blocks import (
 )
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Add, AvgPool2d, Concat, Conv2d, Flatten, Linear, Shape, Zero
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, MAX_LAYERS, Arch, Decision, FactoredSpace, Site
 
 OPERATIONS = (
     "max_pool_3x3",
@@ -149,7 +149,7 @@ class RelativeNASSpace(FactoredSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stem not in STEMS:
-            raise UsageError(f"{self.name}: unknown stem {self.stem!r}: {' or '.join(STEMS)}")
+            raise UsageError(f"{self.name}: unknown stem {shown(self.stem)}: {' or '.join(STEMS)}")
         if self.resolution % STEMS[self.stem]:  # a reduction halves even sides only
             raise UsageError(
                 f"{self.name}: resolution must be a multiple of {STEMS[self.stem]} with the {self.stem} stem,"
@@ -157,6 +157,8 @@ class RelativeNASSpace(FactoredSpace):
             )
         if self.layers < 3 or self.num_classes < 1 or self.channels < 2 or self.channels % 2:
             raise UsageError(f"{self.name}: layers must be at least 3, num_classes 1, channels even and at least 2")
+        self._at_most(MAX_LAYERS, "layers")
+        self._at_most(MAX_CHANNELS, "channels", "num_classes")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:

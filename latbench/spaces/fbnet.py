@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import RELU, classifier, conv_bn_act
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Add, ChannelShuffle, Shape
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, Arch, Decision, FactoredSpace, Site
 
 OPTIONS = ("k3_e1", "k3_e1_g2", "k3_e3", "k3_e6", "k5_e1", "k5_e1_g2", "k5_e3", "k5_e6", "skip")
 LAYERS = (1, 4, 4, 4, 4, 4, 1)  # per stage
@@ -49,7 +49,8 @@ class FBNetSpace(FactoredSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_classes < 1:
-            raise UsageError(f"{self.name}: num_classes must be at least 1, got {self.num_classes}")
+            raise UsageError(f"{self.name}: num_classes must be at least 1, got {shown(self.num_classes)}")
+        self._at_most(MAX_CHANNELS, "num_classes")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:

@@ -18,11 +18,11 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import RELU, RELU6, classifier, conv_bn_act, inverted_residual
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Add, Shape
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, MAX_LAYERS, Arch, Decision, FactoredSpace, Site
 
 
 class Stage(NamedTuple):
@@ -72,7 +72,7 @@ SUBSETS = tuple(
     "+".join(module.name for i, module in enumerate(MODULES) if subset >> i & 1) or "none"
     for subset in range(N_SUBSETS)
 )
-_STAGE = re.compile(r"(\d+)x(\d+)(?:s([12]))?")
+_STAGE = re.compile(r"(\d{1,9})x(\d{1,9})(?:s([12]))?")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class InstaNASSpace(FactoredSpace):
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise UsageError(f"{self.name}: unknown layout {self.layout!r}: {', '.join(LAYOUTS)}")
+            raise UsageError(f"{self.name}: unknown layout {shown(self.layout)}: {', '.join(LAYOUTS)}")
         layout = LAYOUTS[self.layout]
         strides = zip(CHANNELS, N_LAYERS, layout.strides, strict=True)
         own = ",".join(f"{c}x{n}" + ("s2" if s == 2 else "") for c, n, s in strides)
@@ -125,8 +125,13 @@ class InstaNASSpace(FactoredSpace):
         super().__post_init__()
         if min(self.num_classes, self.stem_channels, self.head_channels) < 1:
             raise UsageError(f"{self.name}: num_classes, stem_channels and head_channels must be at least 1")
+        self._at_most(MAX_CHANNELS, "num_classes", "stem_channels", "head_channels")
         if not self.stages or min(min(stage) for stage in self.stages) < 1:
-            raise UsageError(f"{self.name}: a plan needs stages of at least one channel and one layer, got {self.plan}")
+            raise UsageError(
+                f"{self.name}: a plan needs stages of at least one channel and one layer, got {shown(self.plan)}"
+            )
+        if max(s.out_channels for s in self.stages) > MAX_CHANNELS or sum(s.n_layers for s in self.stages) > MAX_LAYERS:
+            raise UsageError(f"{self.name}: a plan has at most {MAX_CHANNELS} channels and {MAX_LAYERS} layers")
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -136,8 +141,8 @@ class InstaNASSpace(FactoredSpace):
             match = _STAGE.fullmatch(text.strip())
             if match is None:
                 raise UsageError(
-                    f"{self.name}: {text!r} is no stage of a plan: write CHANNELSxLAYERS, or CHANNELSxLAYERSs2 where "
-                    "its first layer halves the map (16x1,24x2s2,32x3s2)"
+                    f"{self.name}: {shown(text)} is no stage of a plan: write CHANNELSxLAYERS, or CHANNELSxLAYERSs2 "
+                    "where its first layer halves the map (16x1,24x2s2,32x3s2)"
                 )
             stages.append(Stage(int(match[1]), int(match[2]), int(match[3] or 1)))
         return tuple(stages)

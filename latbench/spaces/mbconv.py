@@ -20,7 +20,7 @@ from latbench.errors import UsageError
 from latbench.graph.blocks import RELU, classifier, conv_bn_act, inverted_residual
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Op, Shape, SiLU
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, Arch, Decision, FactoredSpace, Site
 
 SWISH = SiLU()
 STEM_CHANNELS, FIRST_CHANNELS, STEM_SQUEEZE, HEAD_CHANNELS = 32, 16, 8, 1280
@@ -66,6 +66,7 @@ OPERATIONS = (  # in the order of the released code
 )
 OPERATION_NAMES = tuple(operation.name for operation in OPERATIONS)
 NONE = len(OPERATIONS)  # the option "none" of every block but a stage's first
+MAX_MULTIPLIER = 16  # with width_step=1 a block has 20,480 widths then
 WIDEST = 8  # the width options of a block end at 8 c
 WidthsOfOps = tuple[tuple[tuple[int, int], ...], ...]  # per stage, per kept block: operation, mid channels
 
@@ -133,6 +134,8 @@ class TFNASSpace(FactoredSpace):
             raise UsageError(f"{self.name}: width_step and num_classes must be at least 1")
         if not 0 < self.width_multiplier < math.inf:
             raise UsageError(f"{self.name}: width_multiplier must be above zero, got {self.width_multiplier}")
+        self._at_most(MAX_CHANNELS, "num_classes")
+        self._at_most(MAX_MULTIPLIER, "width_multiplier")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:

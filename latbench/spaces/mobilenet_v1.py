@@ -14,7 +14,7 @@ from latbench.errors import UsageError
 from latbench.graph.blocks import classifier, conv_bn_act, separable_conv
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Shape
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, MAX_LAYERS, Arch, Decision, FactoredSpace, Site
 
 BASE_WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
 STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
@@ -51,6 +51,8 @@ class MobileNetV1Space(FactoredSpace):
             )
         if self.levels < 1 or self.num_classes < 1:
             raise UsageError(f"{self.name}: levels and num_classes must be at least 1")
+        self._at_most(MAX_LAYERS, "levels", "max_width")
+        self._at_most(MAX_CHANNELS, "num_classes")
 
     @cached_property
     def candidates(self) -> tuple[tuple[int, ...], ...]:

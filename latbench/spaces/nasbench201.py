@@ -13,11 +13,11 @@ from itertools import product
 from types import MappingProxyType
 from typing import ClassVar
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import RELU, batch_norm, classifier, conv2d, conv_bn_act, relu_conv_bn
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import Add, AvgPool2d, Shape, Zero
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, MAX_LAYERS, Arch, Decision, FactoredSpace, Site
 
 OPTIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))  # (node, earlier node), in the order of the decisions
@@ -63,6 +63,8 @@ class NASBench201Space(FactoredSpace):
             raise UsageError(f"{self.name}: resolution must be a multiple of 4, got {self.resolution}")
         if min(self.num_cells, self.channels, self.num_classes) < 1:
             raise UsageError(f"{self.name}: num_cells, channels and num_classes must be at least 1")
+        self._at_most(MAX_LAYERS, "num_cells")
+        self._at_most(MAX_CHANNELS, "channels", "num_classes")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
@@ -91,7 +93,7 @@ class NASBench201Space(FactoredSpace):
         found = CELL_TEXT.fullmatch(text.strip())
         if found is None or set(found.groups()) - set(OPTIONS):
             raise UsageError(
-                f"{self.name}: {text!r} is no cell: write |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, op one of"
+                f"{self.name}: {shown(text)} is no cell: write |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, op one of"
                 f" {', '.join(OPTIONS)}"
             )
         return tuple(OPTIONS.index(op) for op in found.groups())

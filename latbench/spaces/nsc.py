@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import batch_norm, classifier, conv2d, conv_bn_act, irlas_conv, relu_conv_bn, under
 from latbench.graph.ir import DType, Graph, GraphBuilder, Node, Weights
 from latbench.graph.ops import Add, AvgPool2d, Concat, Conv2d, Identity, MaxPool2d, Shape
-from latbench.spaces.base import Arch, Decision, SearchSpace
+from latbench.spaces.base import MAX_CHANNELS, MAX_LAYERS, Arch, Decision, SearchSpace
 
 Code = tuple[int, int, int, int, int]  # index from 1, type, kernel, predecessors (0: the block's input)
 
@@ -57,7 +57,9 @@ STACKS = {  # widths and repeats of the stages
     "mobile": ((32, 128, 256, 512), (1, 1, 4, 1)),
     "cifar": ((32, 64, 128), (4, 4, 4)),
 }
-CODE_TEXT = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
+MAX_INDEX = 64  # a layer has t^2 + 7 t legal codes at index t, 97,000 in all at this
+_NUMBER = r"\s*(\d{1,9})\s*"
+CODE_TEXT = re.compile(rf"\({','.join([_NUMBER] * 5)}\)")
 
 
 @lru_cache(maxsize=64)
@@ -106,7 +108,9 @@ def parse_codes(text: str) -> tuple[Code, ...]:
         index, kind, kernel, first, second = map(int, parts)
         found.append((index, kind, kernel, first, second))
     if not found or re.sub(r"[\s,;]", "", CODE_TEXT.sub("", text)):
-        raise UsageError(f"{text!r} is no network structure code: write (index,type,kernel,pred1,pred2) for each layer")
+        raise UsageError(
+            f"{shown(text)} is no network structure code: write (index,type,kernel,pred1,pred2) for each layer"
+        )
     return tuple(found)
 
 
@@ -141,13 +145,15 @@ class IRLASSpace(SearchSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stack not in STACKS:
-            raise UsageError(f"{self.name}: unknown stack {self.stack!r}: {' or '.join(STACKS)}")
+            raise UsageError(f"{self.name}: unknown stack {shown(self.stack)}: {' or '.join(STACKS)}")
         if self.conv_kind not in ("sep", "dense"):
-            raise UsageError(f"{self.name}: unknown conv_kind {self.conv_kind!r}: sep or dense")
+            raise UsageError(f"{self.name}: unknown conv_kind {shown(self.conv_kind)}: sep or dense")
         if self.max_index < FIRST_TERMINAL:
-            raise UsageError(f"{self.name}: max_index must be at least {FIRST_TERMINAL}, got {self.max_index}")
+            raise UsageError(f"{self.name}: max_index must be at least {FIRST_TERMINAL}, got {shown(self.max_index)}")
         if self.num_classes < 1:
-            raise UsageError(f"{self.name}: num_classes must be at least 1, got {self.num_classes}")
+            raise UsageError(f"{self.name}: num_classes must be at least 1, got {shown(self.num_classes)}")
+        self._at_most(MAX_INDEX, "max_index")
+        self._at_most(MAX_CHANNELS, "num_classes")
         if self.resolution < 2 ** (len(self.stages) - 1):
             raise UsageError(f"{self.name}: {self.resolution} pixels cannot be halved in {len(self.stages)} stages")
 
@@ -161,6 +167,8 @@ class IRLASSpace(SearchSpace):
             raise UsageError(
                 f"{self.name}: {len(widths)} widths and {len(repeats)} repeats: give one of each per stage"
             )
+        if max(widths) > MAX_CHANNELS or sum(repeats) > MAX_LAYERS:
+            raise UsageError(f"{self.name}: stages have at most {MAX_CHANNELS} channels and {MAX_LAYERS} blocks in all")
         return tuple(zip(widths, repeats, strict=True))
 
     @cached_property
@@ -242,7 +250,9 @@ def _counts(text: str, name: str) -> tuple[int, ...]:
     except ValueError:
         counts = (0,)
     if min(counts) < 1:
-        raise UsageError(f"{IRLASSpace.name}: {name} must be whole numbers above zero such as 32,64,128, got {text!r}")
+        raise UsageError(
+            f"{IRLASSpace.name}: {name} must be whole numbers above zero such as 32,64,128, got {shown(text)}"
+        )
     return counts
 
 

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 from latbench.graph.blocks import RELU, conv2d, conv_bn_act, inverted_residual, squeeze_excite
 from latbench.graph.ir import DType, Graph, GraphBuilder
 from latbench.graph.ops import AdaptiveAvgPool2d, Add, Crop, Flatten, Hardsigmoid, Hardswish, Linear, Op, Shape
-from latbench.spaces.base import Arch, Decision, FactoredSpace, Site
+from latbench.spaces.base import MAX_CHANNELS, Arch, Decision, FactoredSpace, Site
 
 KERNELS = (3, 5, 7)
 EXPANSIONS = (3, 4, 6)
@@ -30,6 +30,7 @@ SWISH_FROM = 2  # units from here on use h-swish, those before ReLU
 SQUEEZED = (1, 3, 4)  # units with squeeze-and-excitation
 STEM_WIDTH, FINAL_WIDTH, FEATURES = 16, 960, 1280
 MIN_RESOLUTION, RESOLUTION_STEP = 128, 4
+MAX_RESOLUTION = 1024  # every side from 128 is an option, with 181 blocks each; published ones end at 224
 
 HARDSWISH = Hardswish()
 HARDSIGMOID = Hardsigmoid()
@@ -63,7 +64,9 @@ class OFAMobileNetV3Space(FactoredSpace):
         if self.resolution % RESOLUTION_STEP:
             raise UsageError(f"{self.name}: resolution must be a multiple of 4, got {self.resolution}")
         if self.num_classes < 1:
-            raise UsageError(f"{self.name}: num_classes must be at least 1, got {self.num_classes}")
+            raise UsageError(f"{self.name}: num_classes must be at least 1, got {shown(self.num_classes)}")
+        self._at_most(MAX_CHANNELS, "num_classes")
+        self._at_most(MAX_RESOLUTION, "resolution")
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:

@@ -95,7 +95,7 @@ def test_absent_block_passes_its_input_through() -> None:
         ("0,3", r"kernel has no option 3: 0 to 2 \(1, 3, 5\)"),
         ("-1,0", "width has no option -1"),
         ("whole-c", r"such as 0,0, or random:SEED, or a published name \(whole-a, whole-b\)"),
-        ("random:-1", "takes a whole number, got '-1'"),
+        ("random:-1", "takes a whole number of 40 digits at most, got '-1'"),
     ],
 )
 def test_wrong_arch_is_answered_with_what_is_right(text: str, why: str) -> None:

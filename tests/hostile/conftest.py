@@ -1,0 +1,8 @@
+"""The hostile files share makers and limits with the fuzzers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "fuzz"))
