@@ -1,7 +1,8 @@
 """``Spool``: the file beside a table that a run writes line by line, so that a crash loses one measurement at most.
 
 Line 1 holds the pid of its writer and a header, a JSON mapping of the conditions; every later line is one record. A
-line is one synced write and counts once it ends in a newline. The file is locked (``flock``) while a run has it open.
+line is one synced write and counts once it ends in a newline. Lines carry checksums: a damaged one is dropped, its
+measurement taken again. The file is locked (``flock``) while a run has it open.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 
 from latbench.errors import ProvenanceConflictError, TableBusyError, TableError
 from latbench.provenance import canonical_json, differences
+from latbench.seals import BrokenSealError, check_json, seal_json
 
-# Rewritten in place by each run: digits of one width, so that no half-written pid can break the line.
+# Rewritten in place by each run: digits of one width, so that no half-written pid can break the line. No checksum
+# covers it.
 _PID = '{"pid":"%010d"'
+_N_PID = len(_PID % 0)
 
 
 class Spool:
@@ -58,7 +62,7 @@ class Spool:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One record, on disk when this returns. Raises TableError where there is no room; what was there stays."""
-        self._write_line(json.dumps(record, separators=(",", ":"), allow_nan=False))
+        self._write_line(seal_json(json.dumps(record, separators=(",", ":"), allow_nan=False)))
 
     def remove(self) -> None:
         """Deletes the file, once its records are in the table; the lock is kept until the spool closes."""
@@ -100,10 +104,18 @@ class Spool:
             if unfinished and not b'{"pid":"'.startswith(unfinished[:8]):
                 raise self._foreign()
             os.ftruncate(self._fd, 0)
-            self._write_line(_PID % os.getpid() + f',"header":{canonical_json(self.header)}}}')
+            self._write_line(_PID % os.getpid() + seal_json(f',"header":{canonical_json(self.header)}}}'))
             return
-        written = _parse(head)
-        if written is None or not isinstance(written.get("header"), dict) or not text.startswith(b'{"pid":"'):
+        if not text.startswith(b'{"pid":"'):
+            raise self._foreign()
+        try:
+            check_json(head[_N_PID:])
+            written = json.loads(head)
+        except BrokenSealError as error:
+            raise TableError(f"{self.path}: {error}; restore it, or delete it and run again") from None
+        except (ValueError, RecursionError):
+            raise self._foreign() from None
+        if not isinstance(written.get("header"), dict):
             raise self._foreign()
         conflicts = differences(written["header"], self.header)
         if conflicts:
@@ -111,7 +123,7 @@ class Spool:
                 f"{self.path} holds {len(lines)} measurements of a run under other conditions (there / now): "
                 f"{'; '.join(conflicts)}; finish it with the old options, choose another -o, or delete the file"
             )
-        records = [_parse(line) for line in lines]
+        records = [_parse(line, sealed="crc32" in written) for line in lines]
         self.records = [record for record in records if record is not None]
         self.n_dropped = len(records) - len(self.records) + bool(unfinished)
         os.ftruncate(self._fd, self._end)
@@ -136,10 +148,13 @@ class Spool:
         self._end += len(line)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The mapping on a line; None where the line is damaged."""
+def _parse(line: bytes, *, sealed: bool) -> dict[str, Any] | None:
+    """The mapping on a line; None where the line is damaged, or lacks the checksum that all of its file have."""
     try:
+        check_json(line)
         record = json.loads(line)
-    except ValueError:  # also undecodable bytes
+    except (ValueError, RecursionError):  # also undecodable bytes, and a checksum that does not fit
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or (record.pop("crc32", None) is None and sealed):
+        return None
+    return record

@@ -65,14 +65,17 @@ def verify(
     `networks` above 1: the mean over images where each has a network of its own (instanas), of so many networks, the
     commonest, weighed by their shares of images.
 
-    Raises UsageError where the folder holds no result or its table cannot be measured again, EnvironmentUnfitError
-    where this is another machine, MeasurementError where the network cannot run.
+    Raises UsageError where the folder holds no result, its table cannot be measured again, its network is not the one
+    that was found or another run is at work in it, EnvironmentUnfitError where this is another machine,
+    MeasurementError where the network cannot run.
     """
+    from searchers.folders import held
     from searchers.results import note, read_result
 
     found = read_result(folder)
-    verified = [_mean(found, constraint, plan, reporter, networks) for constraint in found.problem.constraints]
-    note(folder, "verified", [one.to_dict() for one in verified])
+    with held(folder):
+        verified = [_mean(found, constraint, plan, reporter, networks) for constraint in found.problem.constraints]
+        note(folder, "verified", [one.to_dict() for one in verified])
     return verified
 
 
@@ -160,9 +163,11 @@ def _verify(
 def _model(found: Found, arch: Arch, constraint: Constraint, target: Target) -> Model:
     """The exported file where it is of this network, the back-end reads ONNX and the batch is its own; else the graph
     of that space."""
+    from searchers.results import check_network
+
     space, first = constraint.oracle.space, found.problem.space
     if target.backend_class.artifact == "onnx" and space == first and arch == found.result.arch:
-        return read_model(str(found.result.network))
+        return read_model(str(check_network(found)))
     return read_model(f"{space.name}:{space.format_arch(arch)}", settings=space.settings())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from latbench.graph.torch import to_module, weights_of
 from latbench.spaces.base import Arch
 from searchers.base import Problem, Reporter, Scalar, Searcher, SearchResult
 from searchers.data import Batch, Splits, eval_batches, train_batches
+from searchers.folders import held
 from searchers.options import settings_of
-from searchers.results import HISTORY, NETWORK, Found, note, save_result, write_bytes, write_history
+from searchers.results import HISTORY, NETWORK, Found, note_training, save_result, write_bytes, write_history
 from searchers.train import Loop, Position, cosine, evaluate, mixup, recalibrate
 from searchers.world import Update, World, decayed
 
@@ -79,9 +81,10 @@ def publish(
         notes=notes,
     )
     if world.leads:
-        write_network(result.network, problem.space.network(arch), module)
-        write_history(problem.out / HISTORY, result.history)
-        save_result(problem, result, settings_of(searcher))
+        with held(problem.out):
+            write_network(result.network, problem.space.network(arch), module)
+            write_history(problem.out / HISTORY, result.history)
+            save_result(problem, result, settings_of(searcher))
     world.wait()
     return result
 
@@ -171,12 +174,16 @@ def train_network(
 
 
 def train_found(found: Found, recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Trains the network of a result folder from scratch; its weights replace the search's in ``network.onnx``."""
+    """Trains the network of a result folder from scratch; its weights replace the search's in ``network.onnx``.
+
+    Raises UsageError also where another run is at work in the folder.
+    """
     world = World.here()
     problem, arch = found.problem, found.result.arch
-    module, figures = train_network(problem, arch, recipe, folder=problem.out, world=world, reporter=reporter)
-    if world.leads:
-        write_network(problem.out / NETWORK, problem.space.network(arch), module)
-        note(problem.out, "trained", figures)
+    with held(problem.out) if world.leads else nullcontext():
+        module, figures = train_network(problem, arch, recipe, folder=problem.out, world=world, reporter=reporter)
+        if world.leads:
+            write_network(problem.out / NETWORK, problem.space.network(arch), module)
+            note_training(problem.out, figures)
     world.wait()
     return figures

@@ -6,7 +6,6 @@ answer depends on the architecture, the problem and its seed, never on what was 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import zlib
@@ -28,7 +27,7 @@ from searchers.base import Problem, Reporter
 from searchers.data import Splits
 from searchers.derive import Recipe, num_classes, train_network
 from searchers.proxies import NASWOT, SynFlow
-from searchers.results import write_json
+from searchers.results import read_json, write_json
 from searchers.sources import Indices
 from searchers.world import World
 
@@ -230,14 +229,15 @@ class Lookups:
 
     def _read(self, path: Path) -> None:
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path)
             found, rows = (
                 raw["identity"],
                 [(tuple(map(int, arch)), float(v), float(s)) for arch, v, s in raw["lookups"]],
             )
             for arch, _, _ in rows:
                 self.space.check(arch)
-        except (KeyError, TypeError, ValueError, UsageError) as error:
+            canonical_json(dict(found))  # NaN is no JSON
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             why = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} holds no look-ups, or is damaged ({why}): remove it to start again") from None
         if canonical_json(found) != canonical_json(self.identity):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,13 +23,15 @@ from torch.nn import functional
 
 from latbench.errors import UsageError
 from latbench.provenance import canonical_json, differences
+from latbench.seals import check_zip
 from searchers.base import Reporter, Scalar
 from searchers.data import Batch, Batches
+from searchers.folders import held
+from searchers.interrupts import Interrupts, deferred
 from searchers.results import write_bytes, write_history
 from searchers.world import World, memory_told, to_device
 
 SAVE_EVERY_S = 30.0  # between checkpoints: what a killed run may lose
-_DAMAGE = (OSError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, pickle.UnpicklingError)
 B_co = TypeVar("B_co", covariant=True)
 B = TypeVar("B")
 
@@ -139,8 +140,11 @@ class Loop:
             raise UsageError(
                 f"{self.path} was trained with other settings (there / here): {told}; use another -o, or remove it"
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # an older latbench's parts
+            raise self._unfit(error) from None
         self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
         self.history = state["history"]
         return True
@@ -154,8 +158,20 @@ class Loop:
         """Takes the steps that are left. `step` gives figures, averaged over the epoch into one row of the history,
         to which `end_epoch` adds.
 
-        Raises OutOfMemoryError, and UsageError where an image is damaged; the last checkpoint stays.
+        An interrupt waits for the end of its step, whose checkpoint is then written; a second one does not. Raises
+        OutOfMemoryError, and UsageError where an image is damaged, or another run is at work in the folder; the last
+        checkpoint stays.
         """
+        with held(self.folder) if self.world.leads else nullcontext(), deferred() as interrupts:
+            self._run(batches, step, end_epoch, interrupts)
+
+    def _run(
+        self,
+        batches: Dealer[B],
+        step: Callable[[B, Position], Mapping[str, float]],
+        end_epoch: Callable[[int], Mapping[str, float]] | None,
+        interrupts: Interrupts,
+    ) -> None:
         steps = len(batches)
         began, spent_s = time.monotonic(), float(self.sums.pop("seconds", 0.0))
         while not self.finished:
@@ -168,7 +184,9 @@ class Loop:
                 self.step += 1
                 self._tell(steps, figures)
                 if self.step < steps:
-                    self._save_sometimes({**self.sums, "seconds": spent_s + time.monotonic() - began})
+                    sums = {**self.sums, "seconds": spent_s + time.monotonic() - began}
+                    self._save_sometimes(sums, at_once=interrupts.pending)
+                    interrupts.heed()
             row: dict[str, Scalar] = {"epoch": self.epoch, **{k: v / steps for k, v in self.sums.items()}}
             if end_epoch is not None:
                 row |= end_epoch(self.epoch)
@@ -176,11 +194,12 @@ class Loop:
             self.history.append(row)
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
             began, spent_s = time.monotonic(), 0.0
-            self._save_sometimes({}, at_once=self.finished)
-            if self.world.leads:
+            if self.world.leads:  # before the checkpoint: a finished run that is gone on with writes nothing
                 write_history(self.folder / f"{self.name}.parquet", self.history)
-                if self.reporter is not None:
-                    self.reporter.epoch(self.history)
+            self._save_sometimes({}, at_once=self.finished or interrupts.pending)
+            if self.world.leads and self.reporter is not None:
+                self.reporter.epoch(self.history)
+            interrupts.heed()
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator of this position's own; of one purpose always the same."""
@@ -213,22 +232,28 @@ class Loop:
 
     def _read(self) -> dict[str, Any]:
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            state["epoch"], state["step"], state["parts"], state["identity"], state["sums"], state["history"]
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            KeyError,
-            TypeError,
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-        ) as error:
-            why = " ".join(str(error).split())[:120]
-            raise UsageError(
-                f"{self.path} is no checkpoint of latbench, or damaged ({why}): remove it to start again"
-            ) from None
+            state = load_tensors(self.path)
+            state = {name: kind(state[name]) for name, kind in _STATE.items()}
+            canonical_json(state["identity"])
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise self._unfit(error) from None
         return state
+
+    def _unfit(self, error: Exception) -> UsageError:
+        why = " ".join(str(error).split())[:120]
+        return UsageError(f"{self.path} is no checkpoint of latbench, or damaged ({why}): remove it to start again")
+
+
+_STATE = {"epoch": int, "step": int, "parts": dict, "identity": dict, "sums": dict, "history": list}
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` and ``write_bytes`` put there, on the CPU. No code of the file's is run. Raises
+    BrokenSealError where it is damaged, and whatever torch raises where it is none."""
+    with path.open("rb") as file:
+        check_zip(file)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 # ---- schedules and losses -------------------------------------------------------------------------------------------

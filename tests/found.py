@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from latbench.graph.onnx import to_onnx
+from latbench.graph.passes import random_weights
 from latbench.oracle.base import Constraint
 from latbench.oracle.lut import LutOracle
 from latbench.tables import LatencyTable
 from searchers.base import Problem, SearchResult
-from searchers.results import HISTORY, NETWORK, save_result, write_history
+from searchers.results import HISTORY, NETWORK, save_result, write_bytes, write_history
 
 EPOCHS = (
     {"epoch": 0, "loss": 2.3, "score": 0.2, "predicted0": 0.09},
@@ -26,6 +28,8 @@ def make_found(folder: Path, table: LatencyTable) -> Path:
     result = SearchResult(
         "made_up", arch, problem.predicted(arch), problem.targets, 0.75, EPOCHS, folder / NETWORK, {"accuracy": 0.75}
     )
+    graph = problem.space.network(arch)
+    write_bytes(result.network, to_onnx(graph, random_weights(graph)))
     write_history(folder / HISTORY, EPOCHS)
     save_result(problem, result, {"epochs": 3})
     return folder

@@ -213,5 +213,7 @@ except TableError as error:
 def test_a_line_is_json_that_any_tool_reads(tmp_path: Path) -> None:
     path = fill(tmp_path / "t", 2)
     head, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in (head, *lines):
+        assert len(line.pop("crc32")) == 8
     assert head == {"pid": f"{os.getpid():010d}", "header": HEADER}
     assert lines == [{"key": "k0", "samples_ms": [0.0]}, {"key": "k1", "samples_ms": [0.1]}]

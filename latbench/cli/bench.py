@@ -11,7 +11,7 @@ import click
 
 from latbench.cli import measuring
 from latbench.cli.values import DURATION, PERCENT, SHAPE, InputShape, Quantity, parse_dtype
-from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
+from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError, shown
 
 if TYPE_CHECKING:
     from latbench.graph.ir import DType
@@ -26,7 +26,7 @@ def parse_precision(text: str) -> Literal["float32", "float16", "int8"]:
     try:
         return parse_dtype(text)
     except UsageError:
-        raise UsageError(f"unknown dtype {text!r}: fp32, fp16 or int8") from None
+        raise UsageError(f"unknown dtype {shown(text)}: fp32, fp16 or int8") from None
 
 
 @click.command()

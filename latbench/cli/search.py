@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def command(
 
     kind = plugins.load("latbench.searchers", searcher)
     from searchers.base import Problem
+    from searchers.folders import held
     from searchers.options import from_settings
 
     given = {"epochs": epochs, "batch_size": batch_size}
@@ -84,7 +86,7 @@ def command(
     counts = {"n_params": max_params, "macs": max_macs}
     constraints = constraints_of(tables, targets, counts, missing=missing, confidence=confidence)
     problem = Problem(constraints, data, output, seed, max_images=max_images)
-    with TrainingBar(f"search {searcher}", plot) as bar:
+    with held(output) if speaks() else nullcontext(), TrainingBar(f"search {searcher}", plot) as bar:
         result = chosen.search(problem, reporter=bar)
     if speaks():
         click.echo(json.dumps(_plain(problem, result)) if as_json else _told(problem, result))

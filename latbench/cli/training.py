@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from latbench.cli.values import Quantity
-from latbench.errors import UsageError
+from latbench.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from latbench.oracle.base import Constraint, LatencyOracle
@@ -26,7 +26,7 @@ def parse_count(text: str) -> float:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgG]?)\s*", text)
     count = float(match[1]) * _SCALE[match[2].lower()] if match else 0.0
     if not count:
-        raise UsageError(f"{text!r} is no count above zero: write 1.5M, 300k or 4231976")
+        raise UsageError(f"{shown(text)} is no count above zero: write 1.5M, 300k or 4231976")
     return count
 
 

@@ -73,16 +73,28 @@ class LocalLauncher:
     def start(self) -> dict[str, Any]:
         """Starts a worker where there is none; gives its conditions. Raises MeasurementError where it cannot start."""
         if self._worker is None:
-            if not self.conditions:
-                self._worker = _Worker(replace(self.setup, calibrate_s=CALIBRATE_S), self._package)
-            else:
-                self._worker = self._spares.popleft() if self._spares else _Worker(self.setup, self._package)
             try:
-                self.conditions = {**self.conditions, **self._worker.wait_ready()}
+                self.conditions = {**self.conditions, **self._ready()}
             except BaseException:
                 self._stop()
                 raise
         return self.conditions
+
+    def _ready(self) -> dict[str, Any]:
+        """What a new worker reports; one that dies before it does is replaced once."""
+        self._worker = self._spares.popleft() if self.conditions and self._spares else self._new()
+        conditions = self._worker.wait_ready()
+        if conditions is None:
+            self._stop()
+            self._worker = self._new()
+            conditions = self._worker.wait_ready()
+        if conditions is None:
+            raise MeasurementError(f"the worker did not start: {self._worker.last_words()}")
+        return conditions
+
+    def _new(self) -> _Worker:
+        calibrate_s = self.setup.calibrate_s if self.conditions else CALIBRATE_S
+        return _Worker(replace(self.setup, calibrate_s=calibrate_s), self._package)
 
     def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
         """One Measurement per Request, in order."""
@@ -182,22 +194,35 @@ def _failed(request: Request, status: Literal["error", "timeout"], stage: str, e
     )
 
 
+def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
+    """Both ends, which `undo` closes."""
+    ends = os.pipe()
+    for end in ends:
+        undo.callback(os.close, end)
+    return ends
+
+
 class _Worker:
-    """One worker process and its pipe."""
+    """One worker process and its pipe. Raises MeasurementError where the system lets none be made."""
 
     def __init__(self, setup: WorkerSetup, package: Package) -> None:
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the worker)
-        self._process = subprocess.Popen(
-            [package.python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
-            pass_fds=(to_read, to_write),
-            stdin=subprocess.DEVNULL,
-            stdout=self._stderr,
-            stderr=self._stderr,
-            env=package.environment(),
-            start_new_session=True,  # its own process group to kill, its own autogroup to prefer
-        )
+        with contextlib.ExitStack() as undo:
+            try:
+                to_read, self._write = _pipe(undo)
+                self._read, to_write = _pipe(undo)
+                self._stderr = undo.enter_context(tempfile.TemporaryFile())
+                self._process = subprocess.Popen(
+                    [package.python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
+                    pass_fds=(to_read, to_write),
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._stderr,
+                    stderr=self._stderr,
+                    env=package.environment(),
+                    start_new_session=True,  # its own process group to kill, its own autogroup to prefer
+                )
+            except OSError as error:
+                raise MeasurementError(f"cannot start a worker: {error.strerror or error}") from None
+            undo.pop_all()
         os.close(to_read)
         os.close(to_write)
         self._buffer = b""
@@ -222,13 +247,14 @@ class _Worker:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def wait_ready(self) -> dict[str, Any]:
+    def wait_ready(self) -> dict[str, Any] | None:
+        """Its conditions; None where it died. Raises MeasurementError where it refuses, or does not answer."""
         try:
             message = self.receive(START_LIMIT_S)
         except TimeoutError:
             raise MeasurementError(f"the worker did not start within {START_LIMIT_S:g} s") from None
         if message is None:
-            raise MeasurementError(f"the worker did not start: {self.last_words()}")
+            return None
         if "failed" in message:
             raise MeasurementError(f"the worker did not start: {message['failed']}")
         conditions: dict[str, Any] = message["ready"]

@@ -1,26 +1,28 @@
-"""Fitted models on disk: one ``.npz`` of numbers and one JSON text inside it. No pickle is written or read."""
+"""Fitted models on disk: one ``.npz`` of numbers and one JSON text inside it. No pickle is written or read.
+
+The archive is sealed (``latbench.seals``): a damaged one is refused.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from latbench import plugins
-from latbench.errors import SchemaMismatchError, TableError
+from latbench import foreign, plugins
+from latbench.errors import MissingEntryError, SchemaMismatchError, TableError, shown
 from latbench.files import replace_file, why_not
 from latbench.oracle.base import Model, space_of
 from latbench.provenance import Provenance, canonical_json
+from latbench.seals import check_zip, seal_zip
 
 SCHEMA_VERSION = 1
+MAX_BYTES = 512 * 2**20  # of a file, and of its arrays unpacked: models of 15,000 networks have 10 MiB
 _META = "latbench"
 
 
@@ -46,41 +48,52 @@ def save(path: Path, model: Model, notes: Mapping[str, Any] | None = None) -> No
         "notes": dict(notes or {}),
     }
     text = np.frombuffer(canonical_json(head).encode(), np.uint8)
+
+    def write(file: IO[bytes]) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **{_META: text, **arrays})
+        file.write(seal_zip(buffer.getvalue()))
+
     try:
-        replace_file(path, lambda file: np.savez_compressed(file, allow_pickle=False, **{_META: text, **arrays}))
+        replace_file(path, write)
     except OSError as error:
         raise TableError(why_not(error, path)) from None
-
-
-def _array(data: bytes) -> NDArray[Any]:
-    found: NDArray[Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    return found
 
 
 def load(path: Path) -> StoredModel:
     """Raises TableError where the file cannot be read, SchemaMismatchError where it is no model, or damaged."""
     try:
-        data = path.read_bytes()
+        data = foreign.read_bytes(path, MAX_BYTES)
+        check_zip(io.BytesIO(data))
+        arrays = foreign.read_npz(data, MAX_BYTES)
     except OSError as error:
         raise TableError(f"cannot read {path}: {error.strerror}; check the path, or fit the model first") from None
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            arrays = {name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()}
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except ValueError as error:
         raise SchemaMismatchError(f"{path} is no fitted model: {error}") from None
     try:
-        head = json.loads(arrays.pop(_META).tobytes().decode())
+        head = foreign.parse_json(arrays.pop(_META).tobytes().decode())
         version = head["schema"]
     except (KeyError, TypeError, ValueError):
         raise SchemaMismatchError(f"{path} is no fitted model of latbench") from None
     if version != SCHEMA_VERSION:
         raise SchemaMismatchError(
-            f"{path} has model schema {version}, this latbench reads {SCHEMA_VERSION}; fit it again, or install the "
-            "latbench that wrote it"
+            f"{path} has model schema {shown(version)}, this latbench reads {SCHEMA_VERSION}; fit it again, or install "
+            "the latbench that wrote it"
         )
     try:
         provenance = Provenance.from_dict(head["provenance"])
         kind: type[Model] = plugins.load("latbench.oracles", head["oracle"])
-        return StoredModel(kind.from_state(space_of(provenance), provenance, arrays, head["meta"]), head["notes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SchemaMismatchError(f"{path} is damaged: {error!r}") from None
+        oracle = kind.from_state(space_of(provenance), provenance, arrays, head["meta"])
+        _tried(oracle)
+        return StoredModel(oracle, dict(head["notes"]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SchemaMismatchError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _tried(oracle: Model) -> None:
+    """Asks once: arrays that do not fit each other fail here, where the file can be named."""
+    first = (0,) * len(oracle.space.decisions)
+    with np.errstate(all="ignore"), contextlib.suppress(MissingEntryError):
+        oracle.latency(first)
+        oracle.sources(first)
+        oracle.interval(np.array([first], np.int64))

@@ -52,11 +52,15 @@ def _told(predicted_ms: Floats, measured_ms: Floats, n_params: list[int]) -> dic
 
 
 def errors(predicted_ms: Floats, measured_ms: Floats) -> dict[str, Any]:
-    """mape and bias as shares of the measured latency, spearman (None below three networks), n, and both series."""
+    """mape and bias as shares of the measured latency, spearman, n, and both series.
+
+    spearman is None below three networks, and where a series is constant.
+    """
     relative = predicted_ms / measured_ms - 1
     spearman = None
     if len(measured_ms) > 2:
-        spearman = float(pd.Series(predicted_ms).rank().corr(pd.Series(measured_ms).rank()))
+        ranked = float(pd.Series(predicted_ms).rank().corr(pd.Series(measured_ms).rank()))
+        spearman = ranked if np.isfinite(ranked) else None
     return {
         "n": len(measured_ms),
         "mape": float(np.abs(relative).mean()),

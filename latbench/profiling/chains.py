@@ -20,6 +20,7 @@ import numpy as np
 from latbench.graph.ir import Graph, GraphBuilder
 from latbench.spaces.base import FactoredSpace
 
+FITS_BYTES = 1 << 20  # networks of fewer weights are taken to fit every cache: no chains
 # Totals of weights around what a core keeps to itself, the ratio between them, what a block of theirs weighs, best:
 OWN_FIRST, OWN_LAST, OWN_GROWTH, OWN_BLOCK_BYTES = 256 << 10, 4 << 20, 1.5, 128 << 10
 # ... around what the last-level cache keeps: two that fit, then on to the largest network.
@@ -31,6 +32,8 @@ SAMPLED = 101  # architectures
 def chains(space: FactoredSpace) -> Iterator[tuple[Graph, int]]:
     """(block, how many of it) of every chain worth measuring; nothing where the space's networks are small."""
     largest, held = _weights(space)
+    if largest <= FITS_BYTES:
+        return
     plans = [(OWN_BLOCK_BYTES, _totals(OWN_FIRST, min(OWN_LAST, largest), OWN_GROWTH))]
     if largest > SHARED_FIRST:
         plans.append((SHARED_BLOCK_BYTES, [*SHARED_FIT, *_totals(SHARED_FIRST, largest, SHARED_GROWTH)]))

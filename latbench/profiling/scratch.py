@@ -1,33 +1,74 @@
-"""Temporary folders that outlive nobody: a killed run cannot remove its own, so the next one does."""
+"""Temporary folders that outlive nobody: a shell that waits on a pipe from its run removes the folder of a killed one.
+
+What even that one could not remove (a machine that was switched off, a container killed as a whole) goes with the next
+run. Locks tell the folders of dead runs, neither pids nor times: containers that share /tmp share no pids, and clocks
+are set.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from latbench.errors import MeasurementError
+from latbench.files import locked, unowned
+
 PREFIX = "latbench-run-"
 MEMORY_BYTES = 4 << 30  # free in /dev/shm from which it is used; a chunk of models takes 1 GiB at most
-GRACE_S = 60.0  # a folder younger than this may not be locked yet
+HEIR = 'trap "" INT TERM HUP; read -r _; exec rm -rf -- "$0"'  # reads until the pipe's other end is gone
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder, locked while it is used; those that killed runs left behind are removed first."""
-    root = _root()
-    _sweep(root)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=root) as name:
-        lock = os.open(name, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            yield Path(name)
-        finally:
-            os.close(lock)
+    """A temporary folder, locked while it is used; those that dead runs left behind are removed first.
+
+    Raises MeasurementError where none can be made.
+    """
+    try:
+        root = _root()
+        _sweep(root)
+        folder, lock = _claim(root)
+    except OSError as error:
+        raise MeasurementError(
+            f"cannot make a temporary folder: {error.strerror or error}; make room, or set TMPDIR"
+        ) from None
+    try:
+        with _heir(folder):
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _heir(folder: Path) -> Iterator[None]:
+    """A shell in a session of its own, which removes `folder` when this process is gone, or the block is left."""
+    quiet = subprocess.DEVNULL
+    try:
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", HEIR, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=quiet,
+            stderr=quiet,
+            start_new_session=True,
+        )
+    except OSError:  # no shell here: the next run removes what a killed one leaves
+        yield
+        return
+    try:
+        yield
+    finally:
+        assert shell.stdin is not None
+        shell.stdin.close()
+        shell.wait()
 
 
 def _root() -> Path:
@@ -38,19 +79,20 @@ def _root() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _sweep(folder: Path) -> None:
-    """Removes the folders of dead runs. Locks, not pids, tell them: containers that share /tmp do not share pids."""
-    for stale in folder.glob(f"{PREFIX}*"):
-        try:
-            if time.time() - stale.stat().st_mtime < GRACE_S:
-                continue
-            lock = os.open(stale, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # another run has just removed it, or it is another user's
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _claim(root: Path) -> tuple[Path, int]:
+    """A new folder and its locked descriptor."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            if locked(lock, folder):  # else another run swept it before we had the lock
+                return folder, lock
+            os.close(lock)
+
+
+def _sweep(root: Path) -> None:
+    """Removes the folders of dead runs."""
+    for stale in root.glob(f"{PREFIX}*"):
+        if stale.is_dir() and (lock := unowned(stale)) is not None:
             shutil.rmtree(stale, ignore_errors=True)
-        except BlockingIOError:  # in use
-            pass
-        finally:
             os.close(lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -59,7 +60,9 @@ class Session:
     deadline: float = float("inf")  # time.monotonic()
     progress: dict[str, Progress] = field(default_factory=dict)  # by key of the graph that runs
     canary_ms: list[tuple[int, float]] = field(default_factory=list)  # (order, at the reference clock)
-    cache_us: list[float] = field(default_factory=list)  # every cache probe so far
+    cache_us: list[float] = field(default_factory=list)  # every cache probe so far, in order of size
+    probed: set[str] = field(default_factory=set)  # keys that have cache probes
+    recent: set[str] = field(default_factory=set)  # keys measured since drift was last judged
     order: int = 0
     judged: int = 0  # drift among the canaries before this order is known
     finished: set[str] = field(default_factory=set)  # keys whose row is final
@@ -158,7 +161,11 @@ class Session:
     def _take(self, measurement: Measurement) -> None:
         progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))
         progress.add(measurement)
-        self.cache_us += measurement.cache_us
+        self.recent.add(measurement.key)
+        if measurement.cache_us:
+            self.probed.add(measurement.key)
+        for us in measurement.cache_us:
+            insort(self.cache_us, us)
         if measurement.key != CANARY.key:
             self._settle(measurement.key)
         elif measurement.status == "ok":
@@ -180,13 +187,14 @@ class Session:
     def _flag_drift(self) -> None:
         """Flags what was measured since the last call between two canaries that both lie off the session's median."""
         first_order, self.judged = self.judged, self.order
+        keys, self.recent = self.recent - {CANARY.key}, set()
         if len(self.canary_ms) < 3:
             return
         centre = statistics.median(ms for _, ms in self.canary_ms)
         recent = [(order, ms) for order, ms in self.canary_ms if order >= first_order]
         for (start, before), (end, after) in pairwise(recent):
             if min(abs(before / centre - 1), abs(after / centre - 1)) > self.plan.canary_drift:
-                for key in self.progress.keys() - {CANARY.key}:
+                for key in keys:
                     self.progress[key].flag("drift", lambda b, orders=range(start, end + 1): b.order in orders)  # type: ignore[misc]
                     self._settle(key)
 
@@ -194,26 +202,32 @@ class Session:
         """What a cache probe reads in a quiet moment, and a little more; 0 while there are too few to tell."""
         if len(self.cache_us) < MIN_CACHE_PROBES:
             return 0.0
-        return (1 + QUIET_SLACK) * statistics.quantiles(self.cache_us, n=4)[0]
+        whole, part = divmod(len(self.cache_us) + 1, 4)  # as statistics.quantiles, of what is in order already
+        below, above = self.cache_us[whole - 1], self.cache_us[whole]
+        return (1 + QUIET_SLACK) * (below + part / 4 * (above - below))
 
     def _flag_pressure(self) -> None:
         """Flags the blocks of networks that were not taken in a quiet moment."""
         if not (quiet_us := self._quiet_us()):
             return
-        for key, progress in self.progress.items():
-            if any(b.cache_us for b in progress.blocks):
-                progress.flag("cache_pressure", lambda b: bool(b.cache_us) and max(b.cache_us) > quiet_us)
-                self._settle(key)
+        for key in self.probed:
+            self.progress[key].flag("cache_pressure", lambda b: bool(b.cache_us) and max(b.cache_us) > quiet_us)
+            self._settle(key)
 
     def canary_notes(self) -> dict[str, float]:
-        """How steady the reference block was: relative spread (5-95 %) and worst deviation from its median."""
-        if len(self.canary_ms) < 3:
-            return {"n": float(len(self.canary_ms))}
-        values = sorted(ms for _, ms in self.canary_ms)
-        centre = statistics.median(values)
-        low, high = values[int(0.05 * (len(values) - 1))], values[round(0.95 * (len(values) - 1))]
-        worst = max(abs(v / centre - 1) for v in values)
-        return {"n": float(len(values)), "median_ms": centre, "spread": (high - low) / centre, "worst": worst}
+        """How steady the reference block was."""
+        return steadiness([ms for _, ms in self.canary_ms])
+
+
+def steadiness(canary_ms: Sequence[float]) -> dict[str, float]:
+    """Of visits to the reference block: n, their median, relative spread (5-95 %), worst deviation from the median."""
+    if len(canary_ms) < 3:
+        return {"n": float(len(canary_ms))}
+    values = sorted(canary_ms)
+    centre = statistics.median(values)
+    low, high = values[int(0.05 * (len(values) - 1))], values[round(0.95 * (len(values) - 1))]
+    worst = max(abs(v / centre - 1) for v in values)
+    return {"n": float(len(values)), "median_ms": centre, "spread": (high - low) / centre, "worst": worst}
 
 
 def _canary() -> GraphJob:

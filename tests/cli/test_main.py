@@ -64,7 +64,7 @@ def run(*args: str) -> Result:
         ("open", 1, "Error: /no/such/file: No such file or directory"),
         ("denied", 1, "Error: t.parquet: Permission denied"),
         ("full", 1, "Error: No space left on device"),
-        ("interrupt", 130, "Error: interrupted"),
+        ("interrupt", 130, "Error: interrupted; the same command starts again"),
     ],
 )
 def test_what_is_foreseen_is_one_line_and_a_status(fail: str, how: str, status: int, line: str) -> None:

@@ -18,7 +18,7 @@ from latbench.tables import LatencyTable
 
 SMALL = ["--resolution", "32", "--set", "levels=2", "--set", "max_width=0.75", "--set", "num_classes=10"]
 ROOFLINE = ["profile", "--device", "cpu", "--backend", "roofline", "--space", "mobilenet_v1", *SMALL]
-N_ROWS = len(jobs_of(MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)))
+N_ROWS = len(jobs_of(MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10), with_chains=False))
 
 
 def run(*args: object) -> Result:
@@ -117,7 +117,7 @@ BAD_INPUT = {
     "setting without a name": (["--set", "=3"], "'=3' is no setting"),
     "unknown setting": (["--set", "depth=3"], "no setting 'depth': "),
     "setting of letters": (["--set", "levels=two"], "levels must be a whole number, got 'two'"),
-    "setting that is a list": (["--set", "levels=[2]"], "levels must be a whole number, got [2]"),
+    "setting that is a list": (["--set", "levels=[2]"], "levels must be a whole number, got a value of type list"),
     "setting out of range": (["--set", "levels=0"], "levels and num_classes must be at least 1"),
     "unknown option": (["--option", "watts=3"], "roofline has no option 'watts'"),
     "option of letters": (["--option", "peak_gflops=fast"], "peak_gflops must be a number above zero"),

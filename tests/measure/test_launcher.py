@@ -168,7 +168,7 @@ def test_nothing_is_left_behind(requests: Requests, workers: Callable[[int], lis
 
 def test_a_worker_that_cannot_start_says_why(requests: Requests) -> None:
     cases: list[tuple[str, dict[str, Scalar], str]] = [
-        ("faulty_backend:FaultyBackend", {"refuse": "today"}, r"exit 1: OSError|exit 1:   today"),
+        ("faulty_backend:FaultyBackend", {"refuse": "today"}, "exit 1: OSError|exit 1: today"),
         ("no_such_module:Backend", {}, "exit 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("latbench.backends.roofline:RooflineBackend", {"watts": 3}, "roofline has no option 'watts'"),
     ]

@@ -33,7 +33,7 @@ def test_they_grow_as_far_as_networks_do():
 
 
 def test_spaces_of_small_networks_have_none():
-    assert list(chains(MobileNetV1Space(resolution=8, levels=2, min_width=0.1, max_width=0.1, num_classes=10))) == []
+    assert list(chains(MobileNetV1Space(resolution=8, levels=2, min_width=0.1, max_width=0.2, num_classes=10))) == []
 
 
 def test_a_chain_is_its_block_so_many_times():

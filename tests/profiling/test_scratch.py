@@ -1,16 +1,20 @@
-"""Temporary folders: the next run removes what a killed one left, and nobody's who still lives."""
+"""Temporary folders: that of a killed run is removed at once, or by the next run, and nobody's who still lives."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from latbench.profiling.scratch import GRACE_S, PREFIX, scratch
+from latbench.errors import MeasurementError
+from latbench.profiling.scratch import PREFIX, scratch
 
 HOLDER = """
 import sys, time
@@ -28,38 +32,85 @@ def _tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
-def age(folder: Path) -> None:
-    past = folder.stat().st_mtime - 2 * GRACE_S
-    os.utime(folder, (past, past))
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has a folder, and the folder."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+
+
+def heirs(folder: Path) -> list[int]:
+    """Pids of the shells that wait to remove it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            argv = (path / "cmdline").read_bytes().split(b"\0")
+            if argv[0] == b"/bin/sh" and str(folder).encode() in argv:
+                found.append(int(path.name))
+    return found
+
+
+def gone(folder: Path) -> bool:
+    end = time.monotonic() + 5
+    while folder.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not folder.exists()
 
 
 def test_a_folder_lives_as_long_as_its_context(tmp_path: Path) -> None:
     with contextlib.suppress(KeyError), scratch() as folder:
         (folder / "model.onnx").write_text("x")
         assert folder.parent == tmp_path
+        (pid,) = heirs(folder)
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+    assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_folder_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER], env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        folder = Path(holder.stdout.readline().strip())
-        age(folder)
-        with scratch():
-            assert folder.exists()
-        holder.kill()
-        holder.wait()
-        with scratch():
-            assert not folder.exists()
-
-
-def test_a_folder_just_made_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / f"{PREFIX}new").mkdir()
+def test_the_folder_of_a_killed_run_goes_at_once(holder: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = holder
     with scratch():
-        assert (tmp_path / f"{PREFIX}new").exists()
+        assert (folder / "model.onnx").exists(), "a living run's folder is left alone"
+    process.send_signal(signal.SIGKILL)
+    assert gone(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_removes_it_outlives_what_ends_the_run(holder: tuple[subprocess.Popen[str], Path], number: int) -> None:
+    """A service manager that stops a run signals all of its processes."""
+    process, folder = holder
+    (pid,) = heirs(folder)
+    os.kill(pid, number)
+    process.kill()
+    assert gone(folder)
+
+
+def test_where_all_were_killed_the_next_run_removes_it(holder: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = holder
+    for pid in heirs(folder):
+        os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    assert folder.exists()
+    with scratch():
+        assert not folder.exists()
+
+
+def test_neither_clocks_nor_ages_tell_whose_a_folder_is(
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], Path]
+) -> None:
+    living, dead = holder[1], tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    for folder, days in ((living, -400), (dead, 400)):
+        os.utime(folder, (time.time() + 86400 * days,) * 2)
+    with scratch():
+        assert living.exists()
+        assert not dead.exists()
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -67,12 +118,16 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     kept.mkdir()
     for path in (tmp_path / "latbench-other", kept / "file"):
         path.mkdir()
-        age(path)
     (tmp_path / f"{PREFIX}link").symlink_to(kept)
     (tmp_path / f"{PREFIX}file").write_text("")
-    age(tmp_path / f"{PREFIX}file")
-    age(kept)
     with scratch():
         assert (kept / "file").exists()
         assert (tmp_path / "latbench-other").exists()
         assert (tmp_path / f"{PREFIX}file").exists()
+
+
+def test_no_folder_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc")
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    with pytest.raises(MeasurementError, match=r"cannot make a temporary folder: .*set TMPDIR"), scratch():
+        pass

@@ -1,0 +1,68 @@
+"""Ctrl-C, SIGTERM and a terminal that is closed: the first unwinds the command, the second ends it at once.
+
+Either way a run is lost no further than a kill would cost: files are whole or not there, workers die with their parent,
+and somebody else removes its temporary files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOW_CURSOR = b"\x1b[?25h"
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The first signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def message(number: int, command: str | None) -> str:
+    """ "interrupted; ...", and how to go on."""
+    how = "goes on from here" if command in ("profile", "search", "train") else "starts again"
+    return f"{WORDS[signal.Signals(number)]}; the same command {how}"
+
+
+@contextmanager
+def heeded(command: Callable[[], str | None]) -> Iterator[None]:
+    """Raises Interrupted within the block, once; then ends the process. `command` () tells which one runs. After one
+    came, and while the interpreter goes, they are ignored: the exit status stands.
+
+    Signals that this process was started to ignore (nohup, a shell's background) stay ignored.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise Interrupted(number)
+        _end(came[0], command())
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if came else handler)
+
+
+def _end(number: int, command: str | None) -> None:
+    with contextlib.suppress(OSError):
+        cursor = SHOW_CURSOR if sys.stderr.isatty() else b""
+        os.write(2, cursor + f"\nError: {message(number, command)}\n".encode())
+    os._exit(128 + number)
