@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -313,7 +313,7 @@ def main() -> None:
             tallies.append(Campaign(known[which], root, prepared, rng).go(share))
             print(told(tallies[-1]), file=sys.stderr, flush=True)
     if args.json:
-        print(json.dumps([asdict(tally) for tally in tallies]))
+        print(json.dumps([{**vars(tally), "kills": dict(tally.kills)} for tally in tallies]))
     else:
         print("\n".join(told(tally) for tally in tallies))
     print(f"{sum(tally.kills.total() for tally in tallies)} kills", file=sys.stderr)

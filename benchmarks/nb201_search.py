@@ -10,11 +10,12 @@ edges that do not reach the output set to none: a class of equal graphs is one n
 one latency, its canonical spelling's (12,205 of 15,625; isomorphic graphs and edges from nodes without input stay
 apart).
 
-Searches (``SEARCHES``), each one fixed choice for all limits, made on CIFAR-10's accuracies (--tune):
+Searches (``SEARCHES``), each one fixed choice for all limits, made on CIFAR-10's accuracies (--tune; renewal's size on
+ImageNet16-120's too):
 
 * random: distinct networks, uniform among those that keep the limit.
 * relativenas: ``slow_fast.explore`` over the six edges, one vector component each; a population that has had its
-  generations is followed by a new one until the look-ups are spent.
+  generations is followed by a new one until the look-ups are spent. relativenas+renewal: with ``slow_fast.Renewal``.
 * irlas: ``qlearning.Learner`` over the six edges, one step each, with the latency filter and without topology guidance,
   for which this space has no expert; the exploration rate follows the share of look-ups spent. irlas+hopeful: a value
   is the best reward that ever followed, which is Q-learning in a world without chance (Lauer, Riedmiller, ICML 2000).
@@ -147,6 +148,7 @@ class SlowFast:
     """RelativeNAS' populations, one after the other. The paper: one of 20 vectors, 50 generations."""
 
     size: int
+    renewal: bool = False
     generations: int = 50
     populations: int = 50
 
@@ -159,17 +161,8 @@ class SlowFast:
                 size=self.size,
                 generations=self.generations,
                 seed=1000 * seed + i,
+                renewal=self.renewal,
             )
-
-
-class Hopeful(Learner):
-    """Values never fall: each is the best reward of any trajectory that took its action there."""
-
-    def update(self, trajectory: Trajectory, reward: float) -> None:
-        """Raises the trajectory's values to `reward`."""
-        for step, action in enumerate(trajectory):
-            row = self.tables[step][trajectory[step - 1] if step else 0]
-            row[action] = max(row[action], reward)
 
 
 @dataclass(frozen=True)
@@ -184,18 +177,14 @@ class QLearning:
     iterations: int = 2000  # where the look-ups are not spent before
 
     def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
-        kind = Hopeful if self.hopeful else Learner
-        rates = Rates(self.alpha, 1.0, 0.0 if self.hopeful else 0.5, self.samples, self.replays)
-        learner = kind(Process.of(lookups.space), rates, seed=seed)
+        hopeful, numbers = self.hopeful, (self.samples, self.replays)
+        rates = Rates(self.alpha, 1.0, 0.0 if hopeful else 0.5, *numbers, shape_reward=not hopeful, hopeful=hopeful)
+        learner = Learner(Process.of(lookups.space), rates, seed=seed)
         exploration = epsilons(self.schedule, LOOKUPS + 1)
 
         def rewards(new: Sequence[Trajectory]) -> list[float]:
             kept = violations((constraint,), np.array(new, np.int64)) <= TOLERANCE
-            found = [lookups.evaluate(arch) if keeps else 0.0 for arch, keeps in zip(new, kept, strict=True)]
-            if self.hopeful:  # a new one at once, so that none waits for the memory's dice
-                for trajectory, reward in zip(new, found, strict=True):
-                    learner.update(trajectory, reward)
-            return found
+            return [lookups.evaluate(arch) if keeps else 0.0 for arch, keeps in zip(new, kept, strict=True)]
 
         for i in range(self.iterations):
             learner.iterate(i, exploration[lookups.spent], rewards)
@@ -206,12 +195,14 @@ PAPER = QLearning(alpha=0.01, samples=64, replays=64)
 SEARCHES: dict[str, Search] = {
     "random": random_search,
     "relativenas": SlowFast(12),
+    "relativenas+renewal": SlowFast(6, renewal=True),
     "irlas": PAPER,
     "irlas+hopeful": QLearning(replays=0, schedule=FALLING, hopeful=True),
 }
 CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ratio to random search over the limits
     "random": random_search,
     **{f"relativenas {n}": SlowFast(n) for n in (6, 8, 10, 12, 14, 20, 30)},
+    **{f"relativenas+renewal {n}": SlowFast(n, renewal=True) for n in (4, 6, 8, 12)},
     "irlas, the paper's": PAPER,
     **{f"irlas alpha {a} replays {n}": QLearning(a, replays=n) for a in (0.05, 0.1, 0.3) for n in (64, 256)},
     **{

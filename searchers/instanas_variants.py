@@ -21,7 +21,7 @@ from searchers.instanas_controller import Controller, controller_graph
 from searchers.instanas_graph import MetaGraph, Routed
 from searchers.instanas_policies import Costs, Route, draw_latencies
 from searchers.results import read_result, write_bytes, write_history
-from searchers.train import recalibrate
+from searchers.train import load_tensors, recalibrate
 from searchers.world import World, to_device
 
 WEIGHTS, VARIANTS, IMAGES = "instanas.pt", "variants.parquet", "images.parquet"  # in a problem's folder
@@ -50,7 +50,7 @@ def save_weights(path: Path, controller: nn.Module, graph: nn.Module, prices: Te
 def load_weights(path: Path, controller: nn.Module, graph: nn.Module) -> Tensor:
     """Inverse of ``save_weights``; gives the (L, 32) prices. Raises UsageError where the file does not fit."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
         controller.load_state_dict(state["controller"])
         graph.load_state_dict(state["graph"])
         prices: Tensor = state["prices"]

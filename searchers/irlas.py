@@ -18,6 +18,7 @@ The search code was never published. Differs from what is known of it:
 * Where even small blocks break a budget the search ends before it begins. No exact fastest network exists in a space
   that does not factor: all blocks of one and two layers are asked, then `scouts` sampled ones.
 * The chosen blocks are trained without cutout, which our data have not.
+* [E] `hopeful` values (``qlearning``) serve searches of hundreds of blocks; the default is the papers' mean.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from __future__ import annotations
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -37,8 +37,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latbench.errors import InfeasibleTargetError, UsageError
+from latbench.foreign import parse_json, read_bytes, read_npz
 from latbench.oracle.base import Constraint
 from latbench.provenance import canonical_json, differences
+from latbench.seals import check_zip
 from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace, density, format_codes
 from searchers import mirror, train
@@ -52,6 +54,7 @@ from searchers.qlearning import SCHEDULE, Floats, Learner, Process, Rates, Traje
 from searchers.results import write_bytes
 from searchers.world import World
 
+STATE_BYTES = 1 << 28  # of a search: its values, memory and history are a few MB
 STATE, LOOKUPS, FINALISTS = "search.npz", "lookups.json", "finalists"  # in a problem's folder
 FINAL = ("finalists", "final_epochs", "final_batch_size", "final_lr", "final_weight_decay")  # the search knows not of
 
@@ -86,6 +89,7 @@ class IRLAS:
     discount: float = 1.0
     initial: float = 0.5
     shape_reward: bool = True
+    hopeful: bool = False  # [E] values are the best that ever followed; for searches of hundreds of blocks (qlearning)
     evaluator: str = "train"  # or synflow, naswot, table:FILE
     proxy: Literal["cifar", "space"] = "cifar"  # the stack that blocks are judged in: BlockQNN's, or the deployed one
     proxy_resolution: int = 32  # of "cifar"
@@ -121,7 +125,8 @@ class IRLAS:
     @property
     def rates(self) -> Rates:
         """Of the Q-learning."""
-        return Rates(self.alpha, self.discount, self.initial, self.samples, self.replays, self.shape_reward)
+        values = self.alpha, self.discount, self.initial
+        return Rates(*values, self.samples, self.replays, self.shape_reward, self.hopeful)
 
     @property
     def training(self) -> ShortTraining:
@@ -131,7 +136,7 @@ class IRLAS:
 
     @property
     def rounds(self) -> tuple[float, ...]:
-        """The exploration rate of every iteration."""
+        """Of exploration, one per iteration."""
         return epsilons(self.schedule, self.iterations)
 
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
@@ -200,9 +205,8 @@ class IRLAS:
         codes = space.codes(arch)
         value = 100 * accuracy - self.density_weight * np.log(density(codes))
         if self.flops_weight:
-            side = self.flops_resolution
-            macs = space.block(arch, self.flops_width, (1, self.flops_width, side, side)).macs
-            value -= self.flops_weight * np.log(max(macs / 1e6, 1.0))
+            shape = (1, self.flops_width, self.flops_resolution, self.flops_resolution)
+            value -= self.flops_weight * np.log(max(space.block(arch, self.flops_width, shape).macs / 1e6, 1.0))
         if self.latency_mode == "penalty":
             value -= self.latency_weight * np.log(np.maximum(bounds / targets, 1.0)).sum()
         return float(value / 100)
@@ -377,16 +381,17 @@ class BlockSearch:
         arrays["accuracies"] = np.array([self.accuracies.get(b, np.nan) for b in self.learner.rewards], np.float64)
         meta = json.dumps({"identity": dict(identity), "history": self.history})
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, meta=np.array(meta), **arrays)
+        np.savez_compressed(buffer, allow_pickle=False, meta=np.frombuffer(meta.encode(), np.uint8), **arrays)
         return buffer.getvalue()
 
     def _load(self, path: Path, identity: Mapping[str, Any]) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-            meta = json.loads(str(arrays["meta"]))
+            data = read_bytes(path, STATE_BYTES)
+            check_zip(io.BytesIO(data))
+            arrays: dict[str, NDArray[Any]] = read_npz(data, STATE_BYTES)
+            meta = parse_json(bytes(arrays["meta"]))
             found, history, accuracies = meta["identity"], meta["history"], arrays["accuracies"]
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} holds no search, or is damaged ({why}): remove it to start again") from None
         if canonical_json(found) != canonical_json(dict(identity)):

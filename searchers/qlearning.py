@@ -12,6 +12,11 @@ and an evaluator is any function from trajectories to rewards::
 What the papers leave open: a state is the place in the row and the last choice, not the whole prefix. A reward is
 spread over its trajectory as BlockQNN does it, which gives R (1 + (L-1)/L) in all, so that longer trajectories earn up
 to twice as much; `shape_reward` false pays the last step only.
+
+Extension [E]: `hopeful`. A mean over what was replayed needs thousands of trajectories: at 300 look-ups on
+NAS-Bench-201 the papers' rates do no better than chance (``benchmarks/nb201_search.py``). Choices are certain here, so
+a value may as well be the best that ever followed it (Lauer, Riedmiller: An Algorithm for Distributed Reinforcement
+Learning in Cooperative Multi-Agent Systems, ICML 2000), learned at once from every new trajectory.
 """
 
 from __future__ import annotations
@@ -68,6 +73,7 @@ class Rates:
     samples: int = 64  # trajectories per iteration
     replays: int = 64  # updates per iteration, drawn from all trajectories so far
     shape_reward: bool = True
+    hopeful: bool = False  # values are the best returns, not means; `initial` is best set below all rewards
 
     def __post_init__(self) -> None:
         if not (0 < self.alpha <= 1 and 0 <= self.discount <= 1 and self.samples >= 1 and self.replays >= 0):
@@ -129,6 +135,8 @@ class Learner:
         new = [trajectory for trajectory in dict.fromkeys(sampled) if trajectory not in self.rewards]
         if new:
             self.rewards.update(zip(new, map(float, evaluate(new)), strict=True))
+            for trajectory in new if self.rates.hopeful else ():
+                self.update(trajectory, self.rewards[trajectory])  # none waits for the memory's dice
         self.memory += sampled
         for i in rng.integers(len(self.memory), size=self.rates.replays).tolist():
             self.update(self.memory[i], self.rewards[self.memory[i]])
@@ -160,15 +168,22 @@ class Learner:
         return earned
 
     def update(self, trajectory: Trajectory, reward: float) -> None:
-        """Moves the values of one trajectory's steps toward what followed, from its end to its start."""
+        """Moves the values of one trajectory's steps toward what followed, from its end to its start.
+
+        Where they are hopeful: raises them to what this trajectory earned from there on.
+        """
         alpha, discount = self.rates.alpha, self.rates.discount
         earned = self.parts(trajectory, reward).tolist()
-        following = 0.0  # of the best action after the step
+        following = 0.0  # of the best action after the step; of this trajectory, where values are hopeful
         for step in range(len(trajectory) - 1, -1, -1):
             row = self.tables[step][trajectory[step - 1] if step else 0]
-            action = trajectory[step]
-            row[action] = (1 - alpha) * row[action] + alpha * (earned[step] + discount * following)
-            following = float(row.max())
+            action, worth = trajectory[step], earned[step] + discount * following
+            if self.rates.hopeful:
+                row[action] = max(row[action], worth)
+                following = worth
+            else:
+                row[action] = (1 - alpha) * row[action] + alpha * worth
+                following = float(row.max())
 
     def greedy(self) -> Trajectory:
         """The best action at every step, the first of equals."""

@@ -15,6 +15,8 @@ Differs from the paper and its released code:
 * Both of a pair see the same images, crops and noise: what differs is the genotype. Every draw is seeded; theirs splits
   the images by an unseeded generator.
 * The rate is the cosine itself; theirs is a recursion whose values depend on the PyTorch release.
+* With another `evaluator` than the store, whose answers hold for good, a population that agrees is renewed
+  (``slow_fast``), and `evaluations` bounds what is asked; theirs would ask for the same networks again.
 * A loss that is not finite is the worst and leaves nothing in the store; two of them end the search.
 * Holes of the cutout are `cutout` of the image's side; theirs 16 of 32 pixels.
 * The found network has the store's weights where `channels` and `layers` are the space's; else fresh ones, calibrated:
@@ -24,7 +26,8 @@ Differs from the paper and its released code:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,9 +42,10 @@ from latbench.spaces.base import Arch
 from searchers.base import Problem, Reporter, Scalar, SearchResult, infeasible
 from searchers.data import Splits
 from searchers.derive import inherit, module_of, num_classes, publish
+from searchers.evaluators import BudgetSpentError
 from searchers.options import settings_of
 from searchers.relativenas_judges import Asked, Judge, Ranked, Trained, Training
-from searchers.slow_fast import Floats, Ints, Population, first_wins, mend, upper_bounds, violations
+from searchers.slow_fast import Floats, Ints, Population, Renewal, first_wins, mend, upper_bounds, violations
 from searchers.train import Loop, Position
 from searchers.world import World
 
@@ -60,6 +64,8 @@ class RelativeNAS(Training):
     generations: int = 50
     feasible_start: bool = False  # the first generation keeps the budgets; else it is uniform, as released
     evaluator: str = SUPERNET  # or train, synflow, naswot, table:FILE[:COLUMN]
+    evaluations: int | None = None  # distinct networks that such an evaluator is asked for at most
+    renewal: bool = True  # [E] with such an evaluator a population that agrees is climbed from and renewed (slow_fast)
 
     name: ClassVar[str] = "relativenas"
 
@@ -67,6 +73,11 @@ class RelativeNAS(Training):
         super().__post_init__()
         if self.generations < 1 or self.population < 2 or self.population % 2:
             raise UsageError("relativenas: population must be even and at least 2, generations at least 1")
+        if self.evaluations is not None and (self.evaluations < 1 or self.evaluator == SUPERNET):
+            raise UsageError(
+                "relativenas: evaluations must be at least 1 and bound another evaluator than supernet, whose are "
+                "population times generations"
+            )
 
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``. Once it is finished another target is answered from the last generation.
@@ -76,8 +87,12 @@ class RelativeNAS(Training):
         problem.check_feasible()
         start = attainable(problem)
         world = World.here()
-        judge: Judge = Trained(self, problem, world) if self.evaluator == SUPERNET else Asked(self.evaluator, problem)
-        course = _Course(Population(upper_bounds(problem.space), self.population, seed=problem.seed))
+        judge: Judge = (
+            Trained(self, problem, world)
+            if self.evaluator == SUPERNET
+            else Asked(self.evaluator, problem, budget=self.evaluations)
+        )
+        course = _Course(problem, Population(upper_bounds(problem.space), self.population, seed=problem.seed))
         if self.feasible_start:
             course.population.mend(problem.space, problem.constraints)
         history = self._run(problem, course, judge, world, reporter)
@@ -107,7 +122,7 @@ class RelativeNAS(Training):
             problem.out,
             "search",
             {"course": course, **judge.parts},
-            identity=problem.identity(settings_of(self, without=["generations"])),
+            identity=problem.identity(settings_of(self, without=["generations", "evaluations"])),
             epochs=self.generations,
             seed=problem.seed,
             world=world,
@@ -124,8 +139,14 @@ class RelativeNAS(Training):
             course.note(archs, losses, excess, first)
             return {"feasible": float((excess == 0).mean())}
 
-        pairs = _Pairs(course, self.population // 2, self.batch_size)
-        loop.run(pairs, step, course.advance)
+        def advance(generation: int) -> dict[str, Any]:
+            row = course.advance(generation)
+            if self.renewal and isinstance(judge, Asked):
+                course.renew(judge.loss, np.random.default_rng((problem.seed, generation)))
+            return row
+
+        with suppress(BudgetSpentError):
+            loop.run(_Pairs(course, self.population // 2, self.batch_size), step, advance)
         return tuple(loop.history)
 
 
@@ -177,8 +198,8 @@ class _Pairs:
 class _Course:
     """The population, this generation's verdicts, and what kept the budgets so far; kept in checkpoints."""
 
-    def __init__(self, population: Population) -> None:
-        self.population = population
+    def __init__(self, problem: Problem, population: Population) -> None:
+        self.population, self.renewal = population, Renewal(problem.space, problem.constraints)
         self.first: list[bool] = []  # of every pair so far, whether its first wins
         self.losses: list[float] = []
         self.seen: dict[Arch, float] = {}  # latest loss of architectures within the budgets
@@ -191,6 +212,16 @@ class _Course:
                 self.losses.append(loss)
                 if over == 0:
                     self.seen[arch] = loss
+                    self.renewal.note(arch, loss)
+
+    def renew(self, loss: Callable[[Arch], float], rng: np.random.Generator) -> None:
+        """Another population where this one has agreed."""
+
+        def ask(arch: Arch) -> float:
+            self.seen[arch] = loss(arch)
+            return self.seen[arch]
+
+        self.renewal.advance(self.population, ask, rng)
 
     def advance(self, generation: int) -> dict[str, Any]:
         """Moves the slow learners; the generation's figures."""
@@ -212,6 +243,7 @@ class _Course:
             "first": list(self.first),
             "losses": list(self.losses),
             "seen": [[list(arch), loss] for arch, loss in self.seen.items()],
+            "renewal": self.renewal.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,6 +251,7 @@ class _Course:
         self.population.load_state_dict(state["population"])
         self.first, self.losses = list(state["first"]), list(state["losses"])
         self.seen = {tuple(arch): loss for arch, loss in state["seen"]}
+        self.renewal.load_state_dict(state["renewal"])
 
 
 def _archs(rows: Ints) -> list[Arch]:
@@ -239,7 +272,7 @@ def choose(problem: Problem, course: _Course, judge: Judge, start: Arch | None) 
     known = sorted((arch for arch in course.seen if problem.satisfied(arch)), key=course.seen.__getitem__)
     known, origin = known[: len(course.population.vectors)], "last generation"
     if judge.remembers:
-        last = known + [arch for arch in last if arch not in course.seen and problem.satisfied(arch)]
+        last = known + [arch for arch in last if judge.affords(arch) and arch not in known and problem.satisfied(arch)]
         known, origin = [], "all generations"
     ranking = judge.rank(last)
     kept = [ranked for ranked in ranking if problem.satisfied(ranked.arch)]

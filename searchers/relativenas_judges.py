@@ -91,37 +91,52 @@ class Judge(Protocol):
         """Without training."""
         ...
 
+    def affords(self, arch: Arch) -> bool:
+        """Whether it may still be asked about this genotype."""
+        ...
+
     def weights(self, arch: Arch) -> Weights | None:
         """For the space's network of this genotype."""
         ...
 
 
 class Asked:
-    """An evaluator that needs no store; pairs that their violations decide are not asked about."""
+    """An evaluator that needs no store; pairs that their violations decide are not asked about.
+
+    Raises BudgetSpentError where more than `budget` distinct networks are asked about.
+    """
 
     remembers = True
 
-    def __init__(self, text: str, problem: Problem) -> None:
+    def __init__(self, text: str, problem: Problem, *, budget: int | None = None) -> None:
         identity = {**problem.identity({"evaluator": text}, constraints=False), "seed": problem.seed}
         evaluator = open_evaluator(text, problem)
-        self.lookups = Lookups(evaluator, problem.space, path=problem.out / LOOKUPS, identity=identity)
+        self.lookups = Lookups(evaluator, problem.space, path=problem.out / LOOKUPS, identity=identity, budget=budget)
         self.parts: Mapping[str, Stateful] = {}
 
     def losses(self, pair: Sequence[Arch], excess: Floats, at: Position, seed: int) -> Floats:
         """(2,), minus what the evaluator says."""
         if excess[0] != excess[1]:
             return np.full(2, np.inf)
-        return np.array([-self.lookups.evaluate(arch) for arch in pair])
+        return np.array([self.loss(arch) for arch in pair])
+
+    def loss(self, arch: Arch) -> float:
+        """Minus what the evaluator says."""
+        return -self.lookups.evaluate(arch)
 
     def settle(self, losses: Floats, first: bool) -> None:
         """Nothing is learned."""
 
     def rank(self, archs: Sequence[Arch]) -> list[Ranked]:
         """What it says of each."""
-        losses = [-self.lookups.evaluate(arch) for arch in archs]
+        losses = [self.loss(arch) for arch in archs]
         self.lookups.flush()
         figures = {"evaluations": self.lookups.spent}
         return [Ranked(arch, loss, figures) for arch, loss in zip(archs, losses, strict=True)]
+
+    def affords(self, arch: Arch) -> bool:
+        """Where it is known, or a look-up is left."""
+        return self.lookups.left != 0 or self.lookups.knows(arch)
 
     def weights(self, arch: Arch) -> None:
         """None."""
@@ -202,6 +217,10 @@ class Trained:
             lambda images: self.net(cutout(images, hole if augmented else 0.0), arch), batches, self.world
         )
         return figures["loss"] if math.isfinite(figures["loss"]) else math.inf
+
+    def affords(self, arch: Arch) -> bool:
+        """Always."""
+        return True
 
     def rank(self, archs: Sequence[Arch]) -> list[Ranked]:
         """With the store's weights, batch norms calibrated, on images that are not augmented."""

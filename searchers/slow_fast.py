@@ -7,11 +7,18 @@ domination (Deb, CMAME 2000), which the paper lacks.
 
 Differs from the released code: one winner of a pair decides everything, the first at a tie; there a tie or a NaN makes
 one the winner here and the other there. A loss that is not finite is the worst.
+
+Extension [E], for judges whose answers hold for good (``explore``, evaluators): ``Renewal``. A population of 12 agrees
+after some 40 networks and asks for nothing new, whatever is left to spend. From the best network of one that has agreed
+single changes are tried, which vectors that have met leave untried; then a new population follows around the best so
+far. On NAS-Bench-201 with 300 look-ups the regret falls from 0.54 to 0.38 of random search's (bench_results/). Where
+candidates are trained from a weight store the population stays, as published: a loss there is never the same twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +30,7 @@ from latbench.oracle.base import Constraint
 from latbench.spaces.base import Arch, SearchSpace
 from searchers.base import TOLERANCE
 
+KEEP, IN_VAIN = 2 / 3, 3  # of a renewed population: share of the best's decisions; as often it may fail to improve
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -150,6 +158,14 @@ class Population:
             self._pairs = self._rng.permutation(len(self.vectors)).astype(np.int64).reshape(-1, 2)
         return self._pairs
 
+    def renew(self, around: Arch | None = None) -> None:
+        """New vectors at rest, from the same stream; each decision is that of `around` with the chance ``KEEP``."""
+        shape = self.vectors.shape
+        self.vectors, kept = self._rng.random_sample(shape) * self.upper, self._rng.random_sample(shape) < KEEP
+        if around is not None:
+            self.vectors = np.where(kept, encode([around]), self.vectors)
+        self.velocities, self._pairs = np.zeros(shape), None
+
     def advance(self, first: NDArray[np.bool_]) -> None:
         """Moves all slow learners at once. `first`: (N / 2,) whether the first of each pair is the fast one."""
         pairs = self.pairs()
@@ -193,6 +209,85 @@ class Visit:
     generation: int
 
 
+class Renewal:
+    """Populations one after the other, each once the one before has agreed; kept in checkpoints."""
+
+    def __init__(self, space: SearchSpace, constraints: Sequence[Constraint]) -> None:
+        self.space, self.constraints = space, constraints
+        self.met: dict[Arch, None] = {}  # canonical spellings that this population has had
+        self.own: dict[Arch, float] = {}  # its losses within the budgets
+        self.champion: tuple[Arch, float] | None = None  # the best so far and its loss, until populations fail at it
+        self.in_vain = 0  # of these
+
+    def note(self, arch: Arch, loss: float) -> None:
+        """What the population was told of a network within the budgets."""
+        self.own[arch] = loss
+
+    def advance(self, population: Population, loss: Callable[[Arch], float], rng: np.random.Generator) -> None:
+        """After each generation: where that brought no network that the population has not had, ``climb`` from its best
+        one, and another population."""
+        found = [self.space.canonical(tuple(arch)) for arch in population.archs.tolist()]
+        if not all(network in self.met for network in found):
+            self.met.update(dict.fromkeys(found))
+            return
+        best = self.champion
+        own = {arch: told for arch, told in self.own.items() if best is None or arch != best[0]}
+        self.in_vain += 1
+        if own:
+            top = climb(self.space, min(own, key=own.__getitem__), loss, self.constraints, rng)
+            worth = loss(top)
+            if best is None or worth < best[1]:
+                self.champion, self.in_vain = (top, worth), 0
+        if self.in_vain > IN_VAIN:
+            self.champion, self.in_vain = None, 0
+        self.met, self.own = {}, {}
+        population.renew(self.champion[0] if self.champion else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {
+            "met": [list(arch) for arch in self.met],
+            "own": [[list(arch), loss] for arch, loss in self.own.items()],
+            "champion": self.champion and [list(self.champion[0]), self.champion[1]],
+            "in_vain": self.in_vain,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        self.met = dict.fromkeys(tuple(arch) for arch in state["met"])
+        self.own = {tuple(arch): loss for arch, loss in state["own"]}
+        best, self.in_vain = state["champion"], state["in_vain"]
+        self.champion = (tuple(best[0]), best[1]) if best else None
+
+
+def climb(
+    space: SearchSpace,
+    arch: Arch,
+    loss: Callable[[Arch], float],
+    constraints: Sequence[Constraint],
+    rng: np.random.Generator,
+) -> Arch:
+    """A network within the budgets that no single change within them improves: the first that does is made, in random
+    order, until none is left. `arch` keeps the budgets.
+
+    White, Nolen, Savani: Exploring the Loss Landscape in Neural Architecture Search, UAI 2021.
+    """
+    sizes = [len(decision.options) for decision in space.decisions]
+    changes = np.array([(d, option) for d, size in enumerate(sizes) for option in range(size)], np.int64)
+    least, improved = loss(arch), True
+    while improved:
+        near = np.tile(np.array(arch, np.int64), (len(changes), 1))
+        near[np.arange(len(changes)), changes[:, 0]] = changes[:, 1]
+        kept = rng.permutation(near[violations(constraints, near) == 0]).tolist()
+        improved = False
+        for row in kept:
+            found = loss(tuple(row))
+            if found < least:
+                arch, least, improved = tuple(row), found, True
+                break
+    return arch
+
+
 def explore(
     space: SearchSpace,
     loss: Callable[[Arch], float],
@@ -202,26 +297,41 @@ def explore(
     generations: int = 50,
     max_visits: int | None = None,
     seed: int,
+    renewal: bool = False,
 ) -> list[Visit]:
     """What a population asked for, in order: each architecture once, and only where violations leave a pair open.
 
-    Ends after `generations`, or `max_visits` losses. ``best`` gives the answer. Raises UsageError as ``Population``.
+    Ends after `generations`, or `max_visits` losses. With `renewal` populations follow each other until then. ``best``
+    gives the answer. Raises UsageError as ``Population``.
     """
     population = Population(upper_bounds(space), size, seed=seed)
+    rng, populations, generation = np.random.default_rng(seed), Renewal(space, constraints), 0
     visits: dict[Arch, Visit] = {}
-    for generation in range(generations):
-        archs, pairs = population.archs, population.pairs()
-        excess = violations(constraints, archs)
-        losses = np.full(size, np.inf)
-        for row in pairs[excess[pairs[:, 0]] == excess[pairs[:, 1]]].ravel():
-            arch = tuple(archs[row].tolist())
-            if arch not in visits:
-                if max_visits is not None and len(visits) >= max_visits:
-                    return list(visits.values())
-                visits[arch] = Visit(arch, loss(arch), float(excess[row]), generation)
-            losses[row] = visits[arch].loss
-        population.advance(first_wins(losses[pairs], excess[pairs]))
+
+    def ask(arch: Arch, violation: float = 0.0) -> float:
+        if arch not in visits:
+            if max_visits is not None and len(visits) >= max_visits:
+                raise _SpentError
+            visits[arch] = Visit(arch, loss(arch), violation, generation)
+        if violation == 0:
+            populations.note(arch, visits[arch].loss)
+        return visits[arch].loss
+
+    with suppress(_SpentError):
+        for generation in range(generations):  # noqa: B007  ``ask`` notes it
+            archs, pairs = population.archs, population.pairs()
+            excess = violations(constraints, archs)
+            losses = np.full(size, np.inf)
+            for row in pairs[excess[pairs[:, 0]] == excess[pairs[:, 1]]].ravel():
+                losses[row] = ask(tuple(archs[row].tolist()), float(excess[row]))
+            population.advance(first_wins(losses[pairs], excess[pairs]))
+            if renewal:
+                populations.advance(population, ask, rng)
     return list(visits.values())
+
+
+class _SpentError(Exception):
+    """No visit is left."""
 
 
 def best(visits: Sequence[Visit]) -> Visit:

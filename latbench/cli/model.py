@@ -21,6 +21,8 @@ _MAGIC = {b"PAR1": "table", b"PK\x03\x04": "model"}  # parquet; npz
 
 def kind_of_file(path: Path) -> str | None:
     """ "table" or "model" by the first bytes; None where it is neither, or cannot be read."""
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return None
     try:
         with path.open("rb") as file:
             return _MAGIC.get(file.read(4))

@@ -122,6 +122,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_keeps_every_step(folder: Path) -> None:
     """Without the checkpoint that an interrupt writes, one is written after 30 s."""
     whole = Command(folder, *SEARCH[:-1], "whole", "--epochs", 2, program=_steps("whole.txt"))

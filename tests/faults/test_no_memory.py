@@ -16,7 +16,8 @@ from searchers.testing import roofline_table
 SPACE = MobileNetV1Space(resolution=8, min_width=0.1, max_width=0.25, levels=3, num_classes=10)
 SEARCH = ["search", "aows", "--table", "t.parquet", "--target", "100us", "--data", "digits", "--max-images", 160]
 SEARCH += ["--batch-size", 32, "--epochs", 1, "--set", "adaptive=false"]
-LIMIT = "import resource; size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
+LIMIT = "import pathlib, resource; "
+LIMIT += "size = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize(); "
 LIMIT += "resource.setrlimit(resource.RLIMIT_AS, (size + (32 << 20),) * 2); "
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
@@ -40,6 +41,7 @@ def test_a_profile_without_memory_is_one_line_and_can_be_gone_on_with(tmp_path: 
     assert sum(set(record["samples_ms"]) <= samples for record in before) >= len(KEYS), "nothing was measured again"
 
 
+@pytest.mark.slow
 def test_a_training_without_memory_is_one_line_and_can_be_gone_on_with(tmp_path: Path) -> None:
     roofline_table(SPACE).write(tmp_path / "t.parquet")
     assert Command(tmp_path, *SEARCH, "-o", "whole", program=_program("")).end()[0] == 0

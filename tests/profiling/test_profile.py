@@ -25,7 +25,7 @@ from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spool import Spool
 from latbench.tables import LatencyTable, Row
 
-SPACE = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
+SPACE = MobileNetV1Space(resolution=32, levels=3, min_width=0.1, max_width=0.25, num_classes=10)
 PLAN = SamplingPlan(block_s=0.001, min_time_s=0.001, rounds=1)
 ROOFLINE = Target("cpu", "a made-up CPU", "roofline", {"peak_gflops": 50.0}, PLAN)
 REAL = Target("cpu", "this CPU", "onnxruntime", {"threads": 1}, PLAN)
@@ -77,7 +77,7 @@ def test_every_distinct_block_has_one_row(target: Target, tmp_path: Path) -> Non
 def test_simulated_increments_sum_to_the_networks(tmp_path: Path) -> None:
     outcome = profile(SPACE, ROOFLINE, tmp_path / "t.parquet", networks=10)
     found = outcome.table.notes["additivity"]
-    assert found["mape"] == pytest.approx(0, abs=1e-6)  # samples are kept to 0.1 ns
+    assert found["mape"] == pytest.approx(0, abs=1e-5)  # samples are kept to 0.1 ns
     assert (found["n"], found["n_incomplete"], found["context"]) == (10, 0, "sandwich")
     archs, latencies = outcome.table.networks()
     for arch, latency_ms in zip(archs, latencies, strict=True):

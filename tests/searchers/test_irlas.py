@@ -253,6 +253,19 @@ def test_a_filter_keeps_the_budget_and_trains_nothing_beyond_it(seed: int) -> No
     assert 0.63 - 1e-9 <= accuracy <= 0.65 + 1e-9
 
 
+def test_hopeful_values_lead_to_rewards_sooner() -> None:
+    oracle = ToyOracle(SIX)
+    options = replace(TOY, balance=0.0, iterations=40, samples=16, replays=0, initial=0.0)
+    found = []
+    for hopeful in (False, True):
+        search = BlockSearch(
+            replace(options, hopeful=hopeful), SIX, TRAINED, toy_accuracy, (Constraint(oracle, 6.0),), seed=0
+        )
+        search.run()
+        found.append(np.mean([search.learner.rewards[block] for block in search.learner.memory[-160:]]))
+    assert found[1] > found[0] + 0.05, "what it samples at the end"
+
+
 def test_a_penalty_trains_what_is_beyond_and_never_returns_it() -> None:
     search, asked = toy_search(0, 6.0, "penalty")
     assert max(asked) > 6.0

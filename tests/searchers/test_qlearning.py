@@ -55,6 +55,27 @@ def test_an_update_runs_from_the_end_to_the_start() -> None:
     assert changed == 3
 
 
+def test_hopeful_values_are_the_best_return_that_ever_followed() -> None:
+    bonus = [np.arange(n) / 10 for n in ENDING.n_actions]
+    learner = Learner(ENDING, Rates(discount=0.9, initial=0.0, shape_reward=False, hopeful=True), bonus=bonus)
+    learner.update((2, 1, 3), 0.5)
+    last, first = 0.5 + 0.3, 0.2 + 0.9 * (0.1 + 0.9 * 0.8)
+    assert learner.tables[2][1, 3] == pytest.approx(last)
+    assert learner.tables[0][0, 2] == pytest.approx(first)
+    learner.update((2, 1, 3), 0.1)
+    assert learner.tables[0][0, 2] == pytest.approx(first), "nothing falls"
+    learner.update((2, 1, 3), 0.9)
+    assert learner.tables[2][1, 3] == pytest.approx(0.9 + 0.3)
+
+
+def test_hopeful_values_learn_new_trajectories_at_once() -> None:
+    learner = Learner(Process((5,) * 4), Rates(samples=16, replays=0, initial=0.0, shape_reward=False, hopeful=True))
+    learner.iterate(0, 1.0, lambda new: [sum(t) / 16 for t in new])
+    best = max(learner.rewards, key=learner.rewards.__getitem__)
+    assert learner.tables[0].max() == pytest.approx(learner.rewards[best])
+    assert learner.tables[0][0, best[0]] == learner.tables[0].max()
+
+
 def test_rewards_are_spread_as_published_or_paid_at_the_end() -> None:
     trajectory = (0, 1, 2, 0)
     shaped = Learner(ENDING).parts(trajectory, 0.8)

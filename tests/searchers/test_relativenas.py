@@ -82,6 +82,8 @@ def test_rates(generation, rate):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        ({"evaluations": 5}, "bound another evaluator"),
+        ({"evaluations": 0, "evaluator": "naswot"}, "at least 1"),
         ({"population": 5}, "even"),
         ({"generations": 0}, "at least 1"),
         ({"lr": 0.0}, "above zero"),
@@ -326,3 +328,20 @@ def test_other_spaces_are_searched_with_an_evaluator(tmp_path):
     kept = [value for arch, value, _ in lookups if problem.satisfied(tuple(arch))]
     assert result.score == max(kept)
     assert result.notes["evaluations"] == len(lookups)
+
+
+def test_populations_follow_each_other_until_the_evaluations_are_spent(tmp_path):
+    oracle = FactorOracle.counting(ToySpace(), "macs")
+    problem = Problem((Constraint(oracle, 0.6 * oracle.latency((2, 2, 3))),), three_bits(), tmp_path / "one")
+    search = replace(QUICK, evaluator="synflow", population=4, generations=60)
+    every = search.search(problem)
+    alone = replace(search, renewal=False).search(replace(problem, out=tmp_path / "alone"))
+    assert alone.notes["evaluations"] < every.notes["evaluations"], "one population agrees and asks no more"
+    few = replace(problem, out=tmp_path / "few")
+    bounded = replace(search, evaluations=alone.notes["evaluations"] + 1)
+    first = bounded.search(few)
+    assert first.notes["evaluations"] == bounded.evaluations
+    assert bounded.search(few).arch == first.arch, "again from its folder"
+    assert problem.satisfied(first.arch)
+    lookups = json.loads((few.out / "evaluations.json").read_text())["lookups"]
+    assert first.score == max(value for arch, value, _ in lookups if problem.satisfied(tuple(arch)))

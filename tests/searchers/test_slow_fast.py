@@ -17,8 +17,12 @@ from latbench.provenance import Provenance
 from latbench.spaces.cells import GENOTYPES, OPERATIONS, RelativeNASSpace, arch_of, genotype_of
 from latbench.spaces.nasbench201 import NASBench201Space
 from searchers.slow_fast import (
+    IN_VAIN,
+    KEEP,
     Population,
+    Renewal,
     best,
+    climb,
     decode,
     encode,
     explore,
@@ -280,6 +284,76 @@ def test_exploring_another_space_finds_its_optimum_within_its_budgets():
     everything = np.array(list(product(range(5), repeat=6)))
     kept = everything[oracle.latencies(everything) <= limit]
     assert found.loss <= np.abs(kept - 3).sum(1).min() + 1
+
+
+def test_climbing_ends_where_no_single_change_within_the_budget_is_better():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    oracle = FactorOracle.counting(space, "macs")
+    worth = np.random.default_rng(0).random((5,) * 6)
+    held = (Constraint(oracle, 0.5 * oracle.latency((3,) * 6)),)
+    start = (0, 1, 0, 1, 0, 1)
+    top = climb(space, start, lambda arch: float(worth[arch]), held, np.random.default_rng(1))
+    near = np.array([[*top[:d], option, *top[d + 1 :]] for d in range(6) for option in range(5)])
+    kept = near[violations(held, near) == 0]
+    assert violations(held, np.array([top])) == [0]
+    assert worth[top] < worth[start]
+    assert worth[top] == min(worth[tuple(arch)] for arch in kept.tolist())
+
+
+def test_a_population_that_agrees_is_renewed_around_the_best_and_forgets_it_after_failures():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    renewal, population = Renewal(space, ()), Population(upper_bounds(space), 40, seed=0)
+    population.vectors[:] = 3.5
+    rng = np.random.default_rng(0)
+
+    def agree() -> None:
+        renewal.note((3,) * 6, 7.0)
+        renewal.advance(population, lambda arch: 7.0, rng)
+
+    agree()
+    assert (population.archs == 3).all(), "its first networks are new"
+    agree()
+    assert renewal.champion == ((3,) * 6, 7.0)
+    assert abs((population.archs == 3).mean() - (KEEP + (1 - KEEP) / 5)) < 0.1
+    assert not population.velocities.any()
+    for _ in range(IN_VAIN + 1):
+        population.vectors[:] = 3.5
+        agree()
+        agree()
+    assert renewal.champion is None
+    assert abs((population.archs == 3).mean() - 0.2) < 0.1, "uniform again"
+
+
+def test_renewal_goes_on_from_its_state():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    renewal = Renewal(space, ())
+    renewal.met, renewal.own = {(1,) * 6: None}, {(2,) * 6: 0.5}
+    renewal.champion, renewal.in_vain = ((3,) * 6, 0.25), 2
+    other = Renewal(space, ())
+    other.load_state_dict(json.loads(json.dumps(renewal.state_dict())))
+    assert (other.met, other.own, other.champion, other.in_vain) == (
+        renewal.met,
+        renewal.own,
+        renewal.champion,
+        renewal.in_vain,
+    )
+
+
+def test_renewed_populations_spend_every_look_up_and_find_more():
+    """Worth without any order among networks that agree in four decisions: a population alone ends early."""
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    worth = np.random.default_rng(0).random((5,) * 6) + np.indices((5,) * 6).sum(0) / 24
+
+    def found(seed: int, renewal: bool) -> tuple[int, float]:
+        visits = explore(
+            space, lambda arch: float(worth[arch]), size=8, generations=500, max_visits=300, seed=seed, renewal=renewal
+        )
+        return len(visits), best(visits).loss
+
+    alone, renewed = (np.array([found(seed, on) for seed in range(8)]) for on in (False, True))
+    assert alone[:, 0].max() < 300
+    assert (renewed[:, 0] == 300).all()
+    assert np.median(renewed[:, 1]) < np.median(alone[:, 1])
 
 
 def test_exploring_stops_at_its_number_of_evaluations():
