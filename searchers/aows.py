@@ -245,7 +245,10 @@ def sandwich(
 
 
 def observe(statistics: Statistics, archs: Tensor, gaps: Tensor, narrowest: Tensor) -> None:
-    """Pushes a step's figures. Raises UsageError where training has diverged: a NaN would stay in every mean."""
+    """Pushes a step's figures: (N, L) networks, (N,) loss gaps of the images, (N,) gaps of the narrowest network.
+
+    Raises UsageError where training has diverged: a NaN would stay in every mean.
+    """
     values, low = gaps.double().cpu().numpy(), narrowest.double().cpu().numpy()
     if not (np.isfinite(values).all() and np.isfinite(low).all()):
         raise UsageError("aows: the loss is no longer finite; search again with a smaller lr (--set lr=0.02)")

@@ -68,7 +68,7 @@ class Paths:
         return replace(self, scores=np.ascontiguousarray(scores, np.float64))
 
     def sums(self, path: Sequence[int] | Ints) -> tuple[float, list[float]]:
-        """The sum of scores, and K sums of costs, constants included."""
+        """Of (L,) options: the sum of scores, and K sums of costs, constants included."""
         states = np.asarray(path, np.int64)
         found = [totals(self.scores, cost, states) for cost in self.costs]
         return found[0][0], [

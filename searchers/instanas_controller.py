@@ -102,7 +102,7 @@ def linear(start: float, end: float, share: float) -> float:
 
 
 def explore(probs: Tensor, alpha: float) -> Tensor:
-    """Probabilities drawn towards their opposites: in [1 - alpha, alpha]."""
+    """(...) probabilities drawn towards their opposites: in [1 - alpha, alpha]."""
     return alpha * probs + (1 - alpha) * (1 - probs)
 
 
@@ -157,7 +157,7 @@ class Controller(nn.Module):
                 nn.init.normal_(layer.weight, 0, (2 / (size * layer.out_channels)) ** 0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """In float32."""
+        """(N, 3, H, W) -> (N, L, 5) logits, in float32."""
         flat: Tensor = self.body(images)
         return flat.float().reshape(len(flat), -1, N_MODULES)
 

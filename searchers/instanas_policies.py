@@ -216,7 +216,7 @@ class Costs:
         return found
 
     def representative(self, policies: Tensor) -> Arch:
-        """The most frequent network among those that keep every budget themselves; ``within`` where none does."""
+        """(N, L, 5) -> the most frequent network among those that keep every budget; ``within`` where none does."""
         found = (arch for arch, _ in self.census(policies) if self.problem.satisfied(arch))
         return next(found, self.space.canonical(tuple(self.within.tolist())))
 

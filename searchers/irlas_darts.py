@@ -129,6 +129,7 @@ class Mixed(nn.Module):
         )
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """(N, C, H, W), (operations,) -> (N, C, H', W')."""
         chosen = [weight for k, weight in enumerate(weights) if k != NONE]
         terms = [weight * op(x) for weight, op in zip(chosen, self.ops, strict=True)]
         return torch.stack(terms).sum(0)
@@ -158,6 +159,7 @@ class Cell(nn.Module):
         self.shape: Shape = (n, nodes * width, inner, inner)
 
     def forward(self, before: Tensor, last: Tensor, probs: Tensor) -> Tensor:
+        """(N, C, H, W) of the two cells before, (edges, operations) -> (N, nodes * C, H', W')."""
         states = [self.first(before), self.second(last)]
         for node in range(INPUTS, INPUTS + self.nodes):
             terms = [
@@ -191,6 +193,7 @@ class Supernet(nn.Module):
         self.alphas = nn.ParameterList(nn.Parameter(1e-3 * torch.randn(len(edges(nodes)), len(OPS))) for _ in range(2))
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, classes) logits."""
         before = last = self.stem(images)
         probs = [alpha.softmax(-1) for alpha in self.alphas]
         for cell, reduction in zip(self.cells, self.reduces, strict=True):

@@ -128,8 +128,10 @@ def slot(cell: Cell, node: int, state: int, op: str) -> str:
 
 
 def drop_paths(x: Tensor, chance: float) -> Tensor:
-    """Zero for some images, larger for the others: the same in the mean. Huang et al., Deep Networks with Stochastic
-    Depth, ECCV 2016, as DARTS has it."""
+    """(N, C, H, W): zero for some images, larger for the others, the same in the mean.
+
+    Huang et al., Deep Networks with Stochastic Depth, ECCV 2016, as DARTS has it.
+    """
     if chance == 0:
         return x
     keep = torch.empty((len(x), 1, 1, 1), device=x.device, dtype=x.dtype).bernoulli_(1 - chance)

@@ -26,7 +26,7 @@ EPS = 1e-5  # of batch norms
 
 
 def normalised(x: Tensor) -> Tensor:
-    """By the batch's own statistics: a supernet's norms have no affine parameters and no running ones."""
+    """(N, C, H, W), by the batch's own statistics: a supernet's norms have no affine parameters and no running ones."""
     return functional.batch_norm(x, None, None, training=True, eps=EPS)
 
 

@@ -290,7 +290,7 @@ def mixup(batch: Batch, num_classes: int, alpha: float, rng: np.random.Generator
 
 @torch.inference_mode()
 def evaluate(forward: Callable[[Tensor], Tensor], batches: Batches, world: World) -> dict[str, float]:
-    """Mean "loss" and "accuracy" of a forward pass over all images, over all processes."""
+    """Mean "loss" and "accuracy" of a forward pass, (N, 3, H, W) -> (N, K), over all images, over all processes."""
     sums = {"n": 0.0, "loss": 0.0, "hits": 0.0}
     for images, labels in to_device(batches.epoch(0), world.device):
         with world.autocast():

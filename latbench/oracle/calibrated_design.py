@@ -80,7 +80,7 @@ def design_of(space: FactoredSpace, base: LutOracle, archs: NDArray[np.int64], s
 
 
 def canonical(space: SearchSpace, archs: Archs) -> NDArray[np.int64]:
-    """The architectures in their one spelling: what a network leaves out is silenced."""
+    """(N, D) -> (N, D) architectures in their one spelling: what a network leaves out is silenced."""
     array = np.asarray(archs, np.int64)
     if type(space).canonical is SearchSpace.canonical:
         return array

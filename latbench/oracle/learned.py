@@ -115,7 +115,7 @@ class LearnedOracle:
     def interval(
         self, archs: Archs, confidence: float = 0.9, order: Floats | None = None
     ) -> tuple[Floats, Floats] | None:
-        """Conformal around the prediction, wider where the process knows less; `order` as ``latencies`` has it."""
+        """(N, D) -> (N,) and (N,) ms, conformal, wider where the process knows less; `order` as in ``latencies``."""
         array = check_archs(self.space, archs)
         places = None if order is None else self._in_order(array, order)
         calibration = self.calibration if order is None else self.calibration_in_order
@@ -131,7 +131,7 @@ class LearnedOracle:
 
     @property
     def shares(self) -> Floats:
-        """What each process's account counts: its share of the evidence."""
+        """(P,) what each process's account counts: its share of the evidence."""
         evidence = np.array([p.log_evidence for p in self.processes])
         weights = np.exp(evidence - evidence.max())
         shares: Floats = weights / weights.sum()

@@ -58,7 +58,7 @@ def biased(
     measured: Archs | None = None,
     legacy: bool = False,
 ) -> Integers:
-    """(n, D): each with the most sites whose block has been seen least often, so that coverage is even.
+    """(n, D) architectures, each with the most sites whose block has been seen least often, so that coverage is even.
 
     Berman et al. 2020 as released (bermanmaxim/AOWS). Differs from it: ties are broken at random. The released code
     takes the first; on mobilenet_v1 five sites of six then stay at their smallest width in four of five networks, which
