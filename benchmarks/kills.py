@@ -113,6 +113,12 @@ class Run:
         self.pid = os.fork()
         if self.pid:
             return
+        try:
+            self._become(args)
+        finally:  # a signal before latbench heeds any: this is a copy of the campaign, which must not go on
+            os._exit(130)
+
+    def _become(self, args: list[str]) -> None:
         os.setsid()
         os.environ["TMPDIR"] = str(self.tmp)
         tempfile.tempdir = None
@@ -120,7 +126,7 @@ class Run:
         os.chdir(self.work)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        if fresh:
+        if self.fresh:
             os.execv(sys.executable, [sys.executable, __file__, "--run", str(self.work), *args])
         run_here(self.work, args)
 
