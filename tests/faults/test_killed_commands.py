@@ -27,7 +27,7 @@ def test_an_import_killed_again_and_again_is_whole_or_not_there(tmp_path: Path) 
     (tally,) = killed(6, tmp_path, "--commands", "import")
     assert sum(tally["kills"].values()) == 6  # type: ignore[attr-defined]
     assert tally["rounds"]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []  # torch's own
 
 
 @pytest.mark.slow
