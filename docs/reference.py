@@ -31,7 +31,8 @@ PAGES = {  # page -> what it says, and the modules or packages that it holds
     "ground": (
         "Devices, plug-ins, errors",
         ["latbench.devices", "latbench.host", "latbench.plugins", "latbench.interpreter", "latbench.files",
-         "latbench.foreign", "latbench.parquet", "latbench.seals", "latbench.errors", "latbench.testing"],
+         "latbench.foreign", "latbench.archives", "latbench.parquet", "latbench.seals", "latbench.errors",
+         "latbench.testing"],
     ),
     "searchers": ("Searchers", ["searchers"]),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """What `write` puts into the file it is given becomes `path`. On any error the old file is intact, nothing is left
     beside it, and the error goes on (OSError where the system refuses, or the old file is read-only)."""
     path = path.resolve()  # a link stays a link

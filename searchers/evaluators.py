@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latbench.errors import UsageError
-from latbench.provenance import canonical_json, differences
+from latbench.provenance import canonical_json
 from latbench.spaces.base import Arch, SearchSpace
 from searchers.accuracy_table import AccuracyTable
 from searchers.base import Problem, Reporter
 from searchers.data import Splits
 from searchers.derive import Recipe, num_classes, train_network
 from searchers.proxies import NASWOT, SynFlow
-from searchers.results import read_json, write_json
+from searchers.results import check_settings, read_json, write_json
 from searchers.sources import Indices
 from searchers.world import World
 
@@ -240,10 +240,6 @@ class Lookups:
         except (OSError, KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
             why = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} holds no look-ups, or is damaged ({why}): remove it to start again") from None
-        if canonical_json(found) != canonical_json(self.identity):
-            told = "; ".join(differences(found, self.identity)[:4])
-            raise UsageError(
-                f"{path} was filled with other settings (there / here): {told}; use another -o, or remove it"
-            )
+        check_settings(path, "filled", found, self.identity)
         for arch, value, seconds in rows:
             self.values[arch], self.seconds[arch] = value, seconds

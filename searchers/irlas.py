@@ -23,7 +23,6 @@ The search code was never published. Differs from what is known of it:
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,14 +32,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
+from latbench import archives
 from latbench.errors import InfeasibleTargetError, UsageError
-from latbench.foreign import parse_json, read_bytes, read_npz
 from latbench.oracle.base import Constraint
-from latbench.provenance import canonical_json, differences
-from latbench.seals import check_zip
 from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace, density, format_codes
 from searchers import mirror, train
@@ -51,7 +47,7 @@ from searchers.early_stop import EarlyStop, ShortTraining, Standardised
 from searchers.evaluators import Evaluator, HeldOut, Lookups, open_evaluator
 from searchers.options import settings_of
 from searchers.qlearning import SCHEDULE, Floats, Learner, Process, Rates, Trajectory, epsilons
-from searchers.results import write_bytes
+from searchers.results import check_settings, write_bytes
 from searchers.world import World
 
 STATE_BYTES = 1 << 28  # of a search: its values, memory and history are a few MB
@@ -379,24 +375,17 @@ class BlockSearch:
     def _state(self, identity: Mapping[str, Any]) -> bytes:
         arrays = self.learner.state()
         arrays["accuracies"] = np.array([self.accuracies.get(b, np.nan) for b in self.learner.rewards], np.float64)
-        meta = json.dumps({"identity": dict(identity), "history": self.history})
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, meta=np.frombuffer(meta.encode(), np.uint8), **arrays)
-        return buffer.getvalue()
+        return archives.pack(json.dumps({"identity": dict(identity), "history": self.history}), arrays)
 
     def _load(self, path: Path, identity: Mapping[str, Any]) -> None:
         try:
-            data = read_bytes(path, STATE_BYTES)
-            check_zip(io.BytesIO(data))
-            arrays: dict[str, NDArray[Any]] = read_npz(data, STATE_BYTES)
-            meta = parse_json(bytes(arrays["meta"]))
-            found, history, accuracies = meta["identity"], meta["history"], arrays["accuracies"]
+            arrays = archives.unpack(path, STATE_BYTES)
+            head = archives.head_of(arrays)
+            found, history, accuracies = head["identity"], head["history"], arrays["accuracies"]
         except (OSError, KeyError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} holds no search, or is damaged ({why}): remove it to start again") from None
-        if canonical_json(found) != canonical_json(dict(identity)):
-            told = "; ".join(differences(found, dict(identity))[:4])
-            raise UsageError(f"{path} was searched with other settings (there / here): {told}; use another -o")
+        check_settings(path, "searched", found, identity)
         self.learner.load(arrays)
         pairs = zip(self.learner.rewards, accuracies.tolist(), strict=True)
         self.history, self.accuracies = history, {block: value for block, value in pairs if value == value}

@@ -20,6 +20,7 @@ from latbench.files import replace_file, why_not
 from latbench.oracle import store
 from latbench.oracle.base import Constraint, LatencyOracle, Model
 from latbench.oracle.factors import FactorOracle
+from latbench.provenance import canonical_json, differences
 from latbench.seals import check_json, check_parquet, seal_json, sealed_bytes
 from latbench.spaces.base import FactoredSpace
 from searchers.base import Problem, Scalar, SearchResult
@@ -178,6 +179,13 @@ def crc32(path: Path) -> int:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Atomic, with a checksum. Raises UsageError in the system's words."""
     write_bytes(path, seal_json(json.dumps(value, indent=2, allow_nan=False)).encode() + b"\n")
+
+
+def check_settings(path: Path, done: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UsageError where `path` was "trained", "filled", ... under another identity than this run's."""
+    if canonical_json(dict(found)) != canonical_json(dict(wanted)):
+        told = "; ".join(differences(dict(found), dict(wanted))[:4])
+        raise UsageError(f"{path} was {done} with other settings (there / here): {told}; use another -o, or remove it")
 
 
 def read_json(path: Path) -> dict[str, Any]:

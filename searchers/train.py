@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latbench.errors import UsageError
-from latbench.provenance import canonical_json, differences
+from latbench.provenance import canonical_json
 from latbench.seals import check_zip
 from searchers.base import Reporter, Scalar
 from searchers.data import Batch, Batches
 from searchers.folders import held
 from searchers.interrupts import Interrupts, deferred
-from searchers.results import write_bytes, write_history
+from searchers.results import check_settings, write_bytes, write_history
 from searchers.world import World, memory_told, to_device
 
 SAVE_EVERY_S = 30.0  # between checkpoints: what a killed run may lose
@@ -135,11 +135,7 @@ class Loop:
         finished = state["epoch"] >= self.epochs
         wanted = {k: v for k, v in self.identity.items() if not (finished and k in free)}
         found = {k: v for k, v in state["identity"].items() if not (finished and k in free)}
-        if canonical_json(found) != canonical_json(wanted):
-            told = "; ".join(differences(found, wanted)[:4])
-            raise UsageError(
-                f"{self.path} was trained with other settings (there / here): {told}; use another -o, or remove it"
-            )
+        check_settings(self.path, "trained", found, wanted)
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise as pairs
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -20,12 +20,12 @@ from latbench.errors import MissingEntryError, UsageError
 from latbench.graph.ir import Graph
 from latbench.oracle.base import SOURCES, Archs, Floats, P, check_archs
 from latbench.oracle.conformal import Conformal
+from latbench.oracle.factors_kernel import ROWS, kernel
 from latbench.provenance import Provenance
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 
 F = TypeVar("F", bound="FactorOracle")
 MISSING = SOURCES.index("missing")
-_ROWS = 64  # architectures that the kernel takes at once: loops over them run in vector registers
 _MAX_TABLE = 50_000_000  # entries of one array while a minimum is sought
 
 
@@ -102,9 +102,9 @@ class FactorOracle:
         if array.dtype == np.uint64:  # times a signed stride that would be a float
             array = check_archs(self.space, array)
         out = np.empty(len(array))
-        bad = _kernel()(array, *self._flat, out)
+        bad = kernel()(array, *self._flat, out)
         if bad >= 0:
-            check_archs(self.space, array[bad : bad + _ROWS])
+            check_archs(self.space, array[bad : bad + ROWS])
         gaps = np.isnan(out)
         if gaps.any():
             raise self._missing_in(tuple(int(i) for i in array[int(gaps.argmax())]))
@@ -365,44 +365,3 @@ def _expectation(p: Any, scope: tuple[int, ...], table: Any) -> Any:
         value = value.reshape(*value.shape[:-1], k, -1)
         value = (p[..., d, None, :k] @ value)[..., 0, :]
     return (value * p[..., scope[-1], : shape[-1]]).sum(-1)
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> Any:
-    """Compiled on first use and kept on disk by numba; importing it takes a third of a second."""
-    import numba
-
-    return numba.njit(cache=True, nogil=True)(_sum_entries)
-
-
-def _sum_entries(
-    archs: Any, n_options: Any, starts: Any, decisions: Any, strides: Any, offsets: Any, values: Any, constant: Any,
-    out: Any,
-) -> int:  # fmt: skip
-    """Fills out (N,); gives the first of the _ROWS rows that hold an index out of range, or -1."""
-    n_decisions = archs.shape[1]
-    picks, at = np.empty((n_decisions, _ROWS), np.int64), np.empty(_ROWS, np.int64)
-    for start in range(0, archs.shape[0], _ROWS):
-        rows = min(_ROWS, archs.shape[0] - start)
-        for i in range(rows):
-            for d in range(n_decisions):
-                picks[d, i] = archs[start + i, d]
-        wrong = False
-        for d in range(n_decisions):
-            n = n_options[d]
-            for i in range(rows):
-                wrong |= np.uint64(picks[d, i]) >= n  # a negative index wraps to a huge one
-        if wrong:
-            return start
-        for i in range(rows):
-            out[start + i] = constant
-        for f in range(len(starts) - 1):
-            for i in range(rows):
-                at[i] = offsets[f]
-            for j in range(starts[f], starts[f + 1]):
-                stride, d = strides[j], decisions[j]
-                for i in range(rows):
-                    at[i] += stride * picks[d, i]
-            for i in range(rows):
-                out[start + i] += values[at[i]]
-    return -1

@@ -1,29 +1,23 @@
-"""Fitted models on disk: one ``.npz`` of numbers and one JSON text inside it. No pickle is written or read.
-
-The archive is sealed (``latbench.seals``): a damaged one is refused.
-"""
+"""Fitted models on disk: numbers and a JSON text in one file (``latbench.archives``)."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from latbench import foreign, plugins
+from latbench import archives, plugins
 from latbench.errors import MissingEntryError, SchemaMismatchError, TableError, shown
 from latbench.files import replace_file, why_not
 from latbench.oracle.base import Model, space_of
 from latbench.provenance import Provenance, canonical_json
-from latbench.seals import check_zip, seal_zip
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 512 * 2**20  # of a file, and of its arrays unpacked: models of 15,000 networks have 10 MiB
-_META = "latbench"
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,9 @@ def save(path: Path, model: Model, notes: Mapping[str, Any] | None = None) -> No
         "meta": meta,
         "notes": dict(notes or {}),
     }
-    text = np.frombuffer(canonical_json(head).encode(), np.uint8)
-
-    def write(file: IO[bytes]) -> None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **{_META: text, **arrays})
-        file.write(seal_zip(buffer.getvalue()))
-
     try:
-        replace_file(path, write)
+        data = archives.pack(canonical_json(head), arrays)
+        replace_file(path, lambda file: file.write(data))
     except OSError as error:
         raise TableError(why_not(error, path)) from None
 
@@ -63,15 +51,13 @@ def save(path: Path, model: Model, notes: Mapping[str, Any] | None = None) -> No
 def load(path: Path) -> StoredModel:
     """Raises TableError where the file cannot be read, SchemaMismatchError where it is no model, or damaged."""
     try:
-        data = foreign.read_bytes(path, MAX_BYTES)
-        check_zip(io.BytesIO(data))
-        arrays = foreign.read_npz(data, MAX_BYTES)
+        arrays = archives.unpack(path, MAX_BYTES)
     except OSError as error:
         raise TableError(f"cannot read {path}: {error.strerror}; check the path, or fit the model first") from None
     except ValueError as error:
         raise SchemaMismatchError(f"{path} is no fitted model: {error}") from None
     try:
-        head = foreign.parse_json(arrays.pop(_META).tobytes().decode())
+        head = archives.head_of(arrays)
         version = head["schema"]
     except (KeyError, TypeError, ValueError):
         raise SchemaMismatchError(f"{path} is no fitted model of latbench") from None
