@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latbench.errors import UsageError
-from latbench.oracle.factors import FactorOracle
 from latbench.spaces.base import Arch
 from searchers.aows_statistics import AdditiveFit, CellMeans, Statistics, falling, log_width
 from searchers.base import Problem, Reporter, SearchResult
@@ -86,6 +85,7 @@ class AOWS:
 
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``; with `adaptive` a new target is answered once training is finished."""
+        problem = problem.summed(self.name)
         paths = paths_of(problem)
         budgets = problem.budgets()
         problem.check_feasible()
@@ -202,14 +202,7 @@ class AOWS:
 
 def paths_of(problem: Problem) -> Paths:
     """The constraints' chains, scores still zero. Raises UsageError where an oracle is no sum over a chain."""
-    chains = []
-    for constraint in problem.constraints:
-        if not isinstance(constraint.oracle, FactorOracle):
-            raise UsageError(
-                f"aows needs sums over neighbouring decisions, not {type(constraint.oracle).__name__}: give it "
-                "the table itself, or a pairwise fit of it"
-            )
-        chains.append(constraint.oracle.chain())
+    chains = [oracle.chain() for oracle in problem.sums(AOWS.name)]
     return Paths.of([np.zeros(len(decision.options)) for decision in problem.space.decisions], chains)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latbench.errors import InfeasibleTargetError, UsageError
+from latbench.oracle.additive import AdditiveOracle
 from latbench.oracle.base import Constraint
+from latbench.oracle.calibrated import CalibratedOracle
 from latbench.oracle.factors import FactorOracle
 from latbench.spaces.base import Arch, SearchSpace
 
@@ -106,6 +108,18 @@ class Problem:
         kind, colon, where = self.data.partition(":")
         return f"{kind}:{Path(where).resolve()}" if colon else kind
 
+    def summed(self, searcher: str) -> Problem:
+        """The same problem with sums over sites for oracles: of a calibrated one, the nearest at its target.
+
+        Raises UsageError, naming the searcher, where an oracle has none.
+        """
+        pairs = zip(self.constraints, self.sums(searcher), strict=True)
+        return replace(self, constraints=tuple(replace(constraint, oracle=oracle) for constraint, oracle in pairs))
+
+    def sums(self, searcher: str) -> tuple[FactorOracle, ...]:
+        """The oracles of ``summed``."""
+        return tuple(_sum(constraint, searcher) for constraint in self.constraints)
+
     def identity(self, options: Mapping[str, Scalar], *, constraints: bool = True) -> dict[str, Any]:
         """What a training depends on, as JSON: checkpoints of another one do not fit.
 
@@ -165,6 +179,18 @@ def infeasible(constraint: Constraint, arch: Arch, bound: float) -> str:
     return (
         f"no {space.name} network meets {constraint.target:.6g} {unit}{sure}: the fastest is {space.format_arch(arch)}"
         f" at {bound:.6g} {unit}; raise the target above that, or profile a space with smaller options"
+    )
+
+
+def _sum(constraint: Constraint, searcher: str) -> FactorOracle:
+    oracle = constraint.oracle
+    if isinstance(oracle, FactorOracle):
+        return oracle
+    if isinstance(oracle, CalibratedOracle):
+        return AdditiveOracle.of(oracle, constraint.target)
+    raise UsageError(
+        f"{searcher} needs sums over sites, not {type(oracle).__name__}: give it the table itself, or a calibrated or "
+        "pairwise model of it"
     )
 
 

@@ -137,6 +137,7 @@ class InstaNAS:
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``. Once the joint search is finished another target is answered by other prices, and
         fine-tuning for them; the controller is the one that learned for the first."""
+        problem = problem.summed(self.name)
         costs = Costs.of(problem, modular=self.latency == "modules")
         run = _Run(self, problem, costs, World.here())
         history = run.pretrain(reporter) + run.joint(reporter)

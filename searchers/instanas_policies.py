@@ -69,7 +69,7 @@ class Costs:
             raise UsageError(
                 f"instanas searches the space instanas, not {space.name}: profile that one, or search with aows"
             )
-        oracles = tuple(_summing(constraint.oracle) for constraint in problem.constraints)
+        oracles = problem.sums("instanas")
         problem.check_feasible()
         chains = [oracle.chain() for oracle in oracles]
         if any(pair.any() for chain in chains for pair in chain.pairwise):
@@ -266,12 +266,6 @@ def sum_of_modules(oracle: FactorOracle, space: InstaNASSpace) -> FactorOracle:
         row[0] = values[1 << DEFAULT] if site.first else 0.0
         factors.append(Factor(site.name, site.scope, row))
     return FactorOracle(space, tuple(factors), oracle.provenance, unit=oracle.unit)
-
-
-def _summing(oracle: object) -> FactorOracle:
-    if not isinstance(oracle, FactorOracle):
-        raise UsageError(f"instanas needs sums over layers, not {type(oracle).__name__}: search with the table itself")
-    return oracle
 
 
 def _distribution(latencies: NDArray[np.float64]) -> dict[str, Any]:

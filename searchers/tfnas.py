@@ -96,6 +96,7 @@ class TFNAS:
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``. Once training is finished another target is answered by scaling and, where it must
         be, deriving anew; operations and depths are those learned for the first."""
+        problem = problem.summed(self.name)
         budgets = Budgets.of(problem)
         problem.check_feasible()
         n_sites, n_ops = budgets.widest.shape

@@ -47,7 +47,7 @@ class Budgets:
         space = problem.space
         if not isinstance(space, TFNASSpace):
             raise UsageError(f"tfnas searches the space tfnas, not {space.name}: profile that one, or search with aows")
-        oracles = tuple(_summing(constraint.oracle) for constraint in problem.constraints)
+        oracles = problem.sums("tfnas")
         chains = [oracle.chain() for oracle in oracles]
         blocks = [_block_costs(chain) for chain in chains]
         options, curves = [], []
@@ -123,15 +123,6 @@ class Budgets:
         return self.space.encode(stages)
 
 
-def _summing(oracle: object) -> FactorOracle:
-    if not isinstance(oracle, FactorOracle):
-        raise UsageError(
-            f"tfnas needs sums over blocks, not {type(oracle).__name__}: use the table itself (--oracle lut) or a "
-            "pairwise fit of it"
-        )
-    return oracle
-
-
 def _block_costs(chain: Chain) -> list[Floats]:
     """Per site (O, widths). Decisions of the space are (operation, width) by site."""
     costs = [
@@ -139,7 +130,7 @@ def _block_costs(chain: Chain) -> list[Floats]:
         for operation, width, both in zip(chain.unary[::2], chain.unary[1::2], chain.pairwise[::2], strict=True)
     ]
     if any(pair.any() for pair in chain.pairwise[1::2]) or any(cost[NONE:].any() for cost in costs):
-        raise UsageError("tfnas needs sums over blocks where an absent one costs nothing: use --oracle lut")
+        raise UsageError("tfnas needs sums over blocks where an absent one costs nothing: search with the table itself")
     return [cost[:NONE] for cost in costs]
 
 

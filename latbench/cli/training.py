@@ -78,14 +78,21 @@ def speaks() -> bool:
 
 
 def read_oracle(path: Path, missing: str) -> LatencyOracle:
-    """A table's sums, or the fitted model in `path`. Raises TableError, UsageError."""
+    """The fitted model in `path`, or a table's sums, corrected by its networks and chains where it holds any.
+
+    Raises TableError, UsageError.
+    """
     from latbench.cli.model import kind_of_file, read_model
+    from latbench.oracle.calibrated import CalibratedOracle
+    from latbench.oracle.fitting import default_oracle
     from latbench.oracle.lut import LutOracle
     from latbench.tables import LatencyTable
 
     if kind_of_file(path) == "model":
         return read_model(path).oracle
-    return LutOracle.fit(LatencyTable.read(path), missing=missing)
+    table = LatencyTable.read(path)
+    kind = CalibratedOracle if default_oracle(table) == "calibrated" else LutOracle
+    return kind.fit(table, missing=missing)
 
 
 def constraints_of(

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 @click.option(
     "--until-met",
     is_flag=True,
-    help="While a target is missed, correct the oracle by the measurement and select again from what was trained.",
+    help="While a target is missed, or a prediction further off than --within, correct the oracle by the measurement "
+    "and select again from what was trained.",
 )
+@click.option("--within", type=PERCENT, default="5%", show_default=True, help="Of --until-met, off a measurement.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of --until-met, at most.")
 @click.option(
     "--networks",
@@ -35,7 +37,15 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    folder: Path, ci: float, runs: int, max_time: float, until_met: bool, rounds: int, networks: int, as_json: bool
+    folder: Path,
+    ci: float,
+    runs: int,
+    max_time: float,
+    until_met: bool,
+    within: float,
+    rounds: int,
+    networks: int,
+    as_json: bool,
 ) -> int:
     """Measure the network that a search left in DIR on its table's device: predicted, measured, target.
 
@@ -52,7 +62,7 @@ def command(
     )
     with Bar(f"verify {folder.name}") as bar:
         if until_met:
-            done = verify.until_met(folder, plan=plan, rounds=rounds, reporter=bar)
+            done = verify.until_met(folder, plan=plan, rounds=rounds, within=within, reporter=bar)
         else:
             done = [verify.verify(folder, plan=plan, reporter=bar, networks=networks)]
     if as_json:

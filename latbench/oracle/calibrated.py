@@ -15,7 +15,7 @@ and Williams 2006, 5.4.1), so 10 networks move the scale, 200 the single decisio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -39,7 +39,7 @@ from latbench.tables import LatencyTable
 @dataclass(frozen=True, eq=False)
 class CalibratedOracle:
     """Options of ``fit``: `missing`, `context`, `measure` as ``LutOracle``'s; `curve=False` leaves g and the cache out,
-    so that the oracle is a plain sum over sites (``additive`` gives the nearest one otherwise).
+    so that the oracle is a plain sum over sites (``AdditiveOracle`` is the nearest one otherwise).
 
     An expectation is exact but for these two, for which the weights of the sampled networks count as Gaussian.
     """
@@ -103,21 +103,21 @@ class CalibratedOracle:
     def latencies(self, archs: Archs) -> Floats:
         """(N, D) option indices -> (N,) ms."""
         array = check_archs(self.space, archs)
-        if self._tabulated is not None:
-            return self._tabulated.latencies(array)
-        return self._predict(array)[0]
+        if self.tabulated is not None:
+            return self.tabulated.latencies(array)
+        return self.predict(array)[0]
 
     def expected_latency(self, probs: P) -> P:
         """(..., D, K) probabilities -> (...) ms."""
-        if self._tabulated is not None:
-            return self._tabulated.expected_latency(probs)
+        if self.tabulated is not None:
+            return self.tabulated.expected_latency(probs)
         sums_ms: Any = self.base.expected_latency(probs)
         if self.capacity is not None:
             sums_ms = sums_ms + self.capacity.expected(probs)
         p: Any = probs if hasattr(probs, "new_tensor") else np.asarray(probs, np.float64)
         phi, weights = self.design.assemble(p, sums_ms, self.design.sums.expected(p))
         variance = self.design.sums.take([0]).covariance(p)[..., 0] / self.design.curve[1] ** 2
-        found = sums_ms + (phi * like_of(p, self._theta)).sum(-1) + self._curve(weights, variance * (variance > 0))
+        found = sums_ms + (phi * like_of(p, self.theta)).sum(-1) + self._curve(weights, variance * (variance > 0))
         return cast(P, found)
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
@@ -127,34 +127,12 @@ class CalibratedOracle:
         """
         if self.calibration is None or self.calibration.quantile(confidence) is None:
             return None
-        predicted, sd = self._predict(check_archs(self.space, archs))
+        predicted, sd = self.predict(check_archs(self.space, archs))
         return self.calibration.interval(predicted, confidence, sd)
 
     def sources(self, arch: Arch) -> Mapping[str, int]:
         """Those of the blocks, and the fitted correction."""
         return {**self.base.sources(arch), "fitted": 1}
-
-    def additive(self) -> FactorOracle:
-        """The nearest plain sum over sites: g and the cache by their best straight lines over 2,000 sampled ones.
-
-        What a searcher that needs a chain (Viterbi) optimises; the answer is then checked with this oracle.
-        """
-        if self._tabulated is not None:
-            return self._tabulated
-        rng = np.random.default_rng(0)
-        archs = np.array([self.space.sample(rng) for _ in range(2000)], np.int64)
-        weights = (self.design.sums.of(archs)[:, 0] - self.design.curve[0]) / self.design.curve[1]
-        slope, offset = np.polyfit(weights, self._curve(weights, 0.0), 1)
-        constant, factors = self._factors(float(slope), float(offset))
-        if self.capacity is not None:
-            beyond, parts = self._line(archs)
-            constant, factors = constant + beyond, [*factors, *parts]
-        return FactorOracle(
-            self.space,
-            (Factor("constant", (), np.array(constant)), *factors),
-            self.provenance,
-            missing=self.base.missing,
-        )
 
     # -- kept in a file
 
@@ -205,7 +183,7 @@ class CalibratedOracle:
     # -- the correction
 
     @cached_property
-    def _theta(self) -> Floats:
+    def theta(self) -> Floats:
         """(F,) posterior mean of the coefficients."""
         post = self.posterior
         theta: Floats = post.prior_variance(self.design.groups) * (post.phi.T @ post.alpha)
@@ -222,7 +200,7 @@ class CalibratedOracle:
         found = (gain * (bump.exp() if hasattr(bump, "exp") else np.exp(bump))).sum(-1)
         return found / spread
 
-    def _predict(self, archs: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    def predict(self, archs: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """(N, D) -> ms and the predictive standard deviation of its logarithm, (N,) each."""
         spelled = canonical(self.space, archs)
         sums_ms = _sums(self.base, self.capacity, spelled)
@@ -230,51 +208,15 @@ class CalibratedOracle:
         error, deviation = self.posterior.predict(self.design, phi / sums_ms[:, None], weights, sums_ms)
         return sums_ms * (1 + error), deviation
 
-    def _factors(self, slope: float, offset: float) -> tuple[float, list[Factor]]:
-        """The posterior mean as a constant and factors; g is offset + slope * standardised weights."""
-        design, theta = self.design, self._theta
-        n_types = len(design.sums.names) - 3
-        scale, constant, types, physical = np.split(theta[: 5 + n_types], [1, 2, 2 + n_types])
-        per_column = np.concatenate([physical * design.typical_ms / design.scales, types])
-        per_column[0] += slope / design.curve[1]
-        total = float(constant[0] * design.typical_ms + offset - slope * design.curve[0] / design.curve[1])
-        total += float(design.sums.constant @ per_column)
-        factors = [replace(f, values=f.values * (1 + scale[0])) for f in self.base.factors]
-        for i, (scope, values) in enumerate(design.sums.parts):
-            factors.append(Factor(f"correction{i}", scope, values @ per_column))
-        at = 5 + n_types
-        for d, decision in enumerate(self.space.decisions):
-            k = len(decision.options)
-            factors.append(
-                Factor(f"decision{d}", (d,), theta[at : at + k] * design.typical_ms / len(self.space.decisions))
-            )
-            at += k
-        return total, factors
-
     @cached_property
-    def _tabulated(self) -> FactorOracle | None:
+    def tabulated(self) -> FactorOracle | None:
         """Every architecture of a small space in one factor: exact in expectation, and dead edges cost nothing."""
         if self.space.size > MAX_TABULATED:
             return None
         shape = tuple(len(d.options) for d in self.space.decisions)
         archs = np.stack(np.unravel_index(np.arange(self.space.size), shape), axis=1)
-        values = self._predict(archs)[0].reshape(shape)
+        values = self.predict(archs)[0].reshape(shape)
         return FactorOracle(self.space, (Factor("network", tuple(range(len(shape))), values),), self.provenance)
-
-    def _line(self, archs: NDArray[np.int64]) -> tuple[float, list[Factor]]:
-        """What is beyond the caches as a straight line in the elements of each class: constant and factors."""
-        assert self.capacity is not None
-        elements, held, share = self.capacity.footprint, self.capacity.held, 1 + self._theta[0]
-        x = np.column_stack([elements.of(archs), np.ones(len(archs))])
-        scale = np.maximum(np.abs(x).max(0), 1.0)
-        paid = share * (self.capacity.excess(archs) + held.of(archs)[:, 0])
-        found = np.linalg.lstsq(x / scale, paid, rcond=None)[0] / scale
-        offset = found[-1] + elements.constant @ found[:-1] - share * held.constant[0]
-        parts = [
-            *((scope, values @ found[:-1]) for scope, values in elements.parts),
-            *((scope, -share * values[..., 0]) for scope, values in held.parts),
-        ]
-        return float(offset), [Factor(f"cache{i}", scope, values) for i, (scope, values) in enumerate(parts)]
 
 
 _POSTERIOR = ("log_widths", "phi", "weights", "sums_ms", "inverse", "alpha")

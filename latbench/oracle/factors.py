@@ -171,7 +171,7 @@ class FactorOracle:
         n = self._n_options
         unary = [np.zeros(k) for k in n]
         pairwise = [np.zeros(pair) for pair in pairs(n)]
-        constant, merged = self._merged
+        constant, merged = self.merged
         for scope, values in merged:
             if len(scope) == 1:
                 unary[scope[0]] = unary[scope[0]] + values
@@ -187,7 +187,7 @@ class FactorOracle:
 
         Missing entries are avoided; MissingEntryError where that is impossible.
         """
-        _, merged = self._merged
+        _, merged = self.merged
         live = [(scope, np.where(np.isnan(values), np.inf, values)) for scope, values in merged]
         left, steps = set(range(len(self._n_options))), []
         while left:
@@ -248,7 +248,7 @@ class FactorOracle:
         return tuple(len(decision.options) for decision in self.space.decisions)
 
     @cached_property
-    def _merged(self) -> tuple[float, list[tuple[tuple[int, ...], Floats]]]:
+    def merged(self) -> tuple[float, list[tuple[tuple[int, ...], Floats]]]:
         """The constant, and one array per scope that is part of no other."""
         by_scope: dict[tuple[int, ...], Floats] = {}
         for f in self.factors:
@@ -267,13 +267,13 @@ class FactorOracle:
 
     @cached_property
     def _scalar(self) -> tuple[float, list[tuple[tuple[int, ...], tuple[int, ...], list[float]]]]:
-        constant, merged = self._merged
+        constant, merged = self.merged
         return constant, [(scope, _strides(v.shape), v.ravel().tolist()) for scope, v in merged]
 
     @cached_property
     def _flat(self) -> tuple[Any, ...]:
         """What the kernel reads: options per decision, then factor -> its part of (decision, stride), its offset."""
-        constant, merged = self._merged
+        constant, merged = self.merged
         starts = np.cumsum([0, *(len(scope) for scope, _ in merged)])
         offsets = np.cumsum([0, *(v.size for _, v in merged)])
         decisions = np.array([d for scope, _ in merged for d in scope], np.int64)
@@ -297,7 +297,7 @@ class FactorOracle:
         like = (type(p), str(p.dtype), str(getattr(p, "device", "")))
         if like not in self._made:
             make = p.new_tensor if hasattr(p, "new_tensor") else np.asarray
-            constant, merged = self._merged
+            constant, merged = self.merged
             unary = np.zeros((len(self._n_options), max(self._n_options, default=0)))
             for scope, values in merged:
                 if len(scope) == 1:

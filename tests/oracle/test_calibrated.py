@@ -17,7 +17,7 @@ from latbench.provenance import Provenance
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import LatencyTable, Row
-from latbench.testing import FactorOracleConformance, OracleConformance
+from latbench.testing import OracleConformance
 
 SPACE = MobileNetV1Space(resolution=64)
 ROOFLINE = {name: float(value) for name, value in OPTIONS.items()}
@@ -74,17 +74,6 @@ class TestLaws(OracleConformance):
         return fitted(60)
 
 
-@cache
-def plain():
-    return fitted(60).additive()
-
-
-class TestAdditive(FactorOracleConformance):
-    @property
-    def oracle(self):
-        return plain()
-
-
 def test_more_networks_less_error():
     sums = mape(LutOracle.fit(table(0)))
     errors = [np.mean([mape(fitted(n, seed)) for seed in range(3)]) for n in (5, 25, 100)]
@@ -107,18 +96,6 @@ def test_one_wild_measurement_does_not_bend_the_fit():
     rows = [*block_rows(SPACE), *rest, replace(first, latency_ms=1.5 * first.latency_ms)]
     wild = LatencyTable.from_rows(rows, clean.provenance)
     assert mape(CalibratedOracle.fit(wild)) < 1.8 * mape(fitted(40))
-
-
-def test_without_the_curve_the_oracle_is_its_additive_form():
-    oracle = CalibratedOracle.fit(table(30), curve=False)
-    archs, _ = networks(50, 7)
-    np.testing.assert_allclose(oracle.additive().latencies(archs), oracle.latencies(archs), rtol=1e-9)
-
-
-def test_the_additive_form_is_near():
-    oracle = fitted(60)
-    archs, _ = networks(200, 7)
-    assert np.abs(oracle.additive().latencies(archs) / oracle.latencies(archs) - 1).mean() < 0.01
 
 
 def test_a_missing_block_is_missed_and_never_free():

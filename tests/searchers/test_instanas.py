@@ -317,7 +317,7 @@ def test_what_cannot_be_searched_is_refused(oracle, tmp_path):
     class Opaque:
         space, unit = SMALL, "ms"
 
-    with pytest.raises(UsageError, match="needs sums over layers, not Opaque"):
+    with pytest.raises(UsageError, match="instanas needs sums over sites, not Opaque"):
         QUICK.search(problem_of(tmp_path, (Opaque(), 1.0)))
     with pytest.raises(UsageError, match="do not fill one batch of 512"):
         replace(QUICK, batch_size=512).search(problem_of(tmp_path, (oracle, 1.0)))
