@@ -1,7 +1,8 @@
 """Compare two runtimes block by block: ``python examples/compare_runtimes.py onnxruntime openvino -o runtimes``.
 
-Measures one small space with each back-end, then says of every block whether the second runtime is surely slower or
-faster, the same, or whether the samples cannot tell; the page ``runtimes/comparison.html`` shows it all.
+Measures one small space with each back-end, every block by itself, then says of every block whether the second runtime
+is surely slower or faster, the same, or whether the samples cannot tell; the page ``runtimes/comparison.html`` shows it
+all.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ def main() -> None:
     args.output.mkdir(exist_ok=True)
     space = MobileNetV1Space(resolution=args.resolution, levels=args.levels)
     name = devices.detect().host.cpu_model
-    tables = [
-        profile(space, Target("cpu", name, backend, {"threads": 1}, SamplingPlan()), args.output / f"{backend}.parquet")
-        for backend in args.backends
-    ]
+    tables = []
+    for backend in args.backends:
+        target = Target("cpu", name, backend, {"threads": 1}, SamplingPlan(), "isolated")
+        tables.append(profile(space, target, args.output / f"{backend}.parquet"))
     old, new = (outcome.table for outcome in tables)
     found = compare(old, new, threshold=args.threshold, across=["backend"])
     print(markdown(found, *args.backends))

@@ -7,7 +7,7 @@ here imports torch.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -63,6 +63,24 @@ class Reporter(Protocol):
         ...
 
 
+class Evaluator(Protocol):
+    """Says how good an architecture is."""
+
+    def evaluate(self, arch: Arch) -> float:
+        """Finite, larger is better; an accuracy lies in [0, 1]. The same whatever was asked before."""
+        ...
+
+
+class Fleet(Protocol):
+    """Machines that evaluate candidates. ``searchers.candidates.candidate_fleet`` makes one."""
+
+    def evaluate(
+        self, make: Callable[[Problem], Evaluator], problem: Problem, archs: Sequence[Arch]
+    ) -> Iterator[tuple[int, float]]:
+        """Positions in `archs` and values, as they come, by evaluators that `make` makes on the machines."""
+        ...
+
+
 @dataclass(frozen=True)
 class Problem:
     """Find the best network for `data` under every constraint.
@@ -76,6 +94,7 @@ class Problem:
     out: Path
     seed: int = 0
     max_images: int | None = None  # at most so many training images, a balanced sample
+    fleet: Fleet | None = None  # where independent candidates are evaluated; the result does not depend on it
 
     def __post_init__(self) -> None:
         if not self.constraints:
@@ -164,9 +183,10 @@ class Problem:
         Each constraint by itself; where an oracle cannot tell its fastest network, nothing is raised for it.
         """
         for constraint in self.constraints:
-            if not isinstance(constraint.oracle, FactorOracle):
+            oracle = sum_near(constraint)
+            if oracle is None:
                 continue
-            arch, _ = constraint.oracle.fastest()
+            arch, _ = oracle.fastest()
             bound = float(constraint.bounds(np.array([arch], np.int64))[0])
             if bound > constraint.target * (1 + TOLERANCE):
                 raise InfeasibleTargetError(infeasible(constraint, arch, bound))
@@ -182,16 +202,22 @@ def infeasible(constraint: Constraint, arch: Arch, bound: float) -> str:
     )
 
 
-def _sum(constraint: Constraint, searcher: str) -> FactorOracle:
+def sum_near(constraint: Constraint) -> FactorOracle | None:
+    """The oracle as a sum over sites: of a calibrated one, the nearest at the target; None where it has none."""
     oracle = constraint.oracle
     if isinstance(oracle, FactorOracle):
         return oracle
-    if isinstance(oracle, CalibratedOracle):
-        return AdditiveOracle.of(oracle, constraint.target)
-    raise UsageError(
-        f"{searcher} needs sums over sites, not {type(oracle).__name__}: give it the table itself, or a calibrated or "
-        "pairwise model of it"
-    )
+    return AdditiveOracle.of(oracle, constraint.target) if isinstance(oracle, CalibratedOracle) else None
+
+
+def _sum(constraint: Constraint, searcher: str) -> FactorOracle:
+    found = sum_near(constraint)
+    if found is None:
+        raise UsageError(
+            f"{searcher} needs sums over sites, not {type(constraint.oracle).__name__}: give it the table itself, or a "
+            "calibrated or pairwise model of it"
+        )
+    return found
 
 
 def _budget(constraint: Constraint) -> float:

@@ -17,10 +17,9 @@ from torch import nn
 
 from latbench.errors import UsageError
 from latbench.spaces.base import Arch, SearchSpace
-from searchers.base import Problem
+from searchers.base import Evaluator, Problem
 from searchers.data import Batches, Splits, eval_batches, eval_transform, train_batches, train_transform
 from searchers.derive import module_of
-from searchers.evaluators import Evaluator
 from searchers.train import evaluate
 from searchers.world import Update, World, memory_told, to_device
 

@@ -11,9 +11,9 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from latbench.errors import UsageError
 from latbench.provenance import canonical_json
 from latbench.spaces.base import Arch, SearchSpace
 from searchers.accuracy_table import AccuracyTable
-from searchers.base import Problem, Reporter
+from searchers.base import Evaluator, Problem, Reporter
+from searchers.candidates import OnFleet
 from searchers.data import Splits
 from searchers.derive import Recipe, num_classes, train_network
 from searchers.proxies import NASWOT, SynFlow
@@ -37,19 +38,17 @@ CANDIDATES = "candidates"  # folder of their checkpoints, in the problem's
 SAVING = 0.01  # share of the time that ``Lookups`` may spend on its file
 
 
-class Evaluator(Protocol):
-    """Says how good an architecture is."""
-
-    def evaluate(self, arch: Arch) -> float:
-        """Finite, larger is better; an accuracy lies in [0, 1]. The same whatever was asked before."""
-        ...
-
-
 def open_evaluator(text: str, problem: Problem, *, recipe: Recipe = QUICK) -> Evaluator:
-    """The evaluator that a text names; `recipe` is for "train".
+    """The evaluator that a text names; `recipe` is for "train". On the problem's fleet, if it has one.
 
     Raises UsageError on an unknown text, TableError on a table that does not fit the space.
     """
+    if problem.fleet is not None:
+        return OnFleet(partial(_opened, text, recipe), problem)
+    return _opened(text, recipe, problem)
+
+
+def _opened(text: str, recipe: Recipe, problem: Problem) -> Evaluator:
     kind, colon, where = text.partition(":")
     if kind == "table" and where:
         return AccuracyTable.named(where, problem.space)
@@ -167,7 +166,7 @@ class Lookups:
         self.evaluator, self.space, self.budget, self.path = evaluator, space, budget, path
         self.identity = dict(identity or {})
         self.values: dict[Arch, float] = {}  # canonical architecture -> value, in order of asking
-        self.seconds: dict[Arch, float] = {}  # that finding it took
+        self.seconds: dict[Arch, float] = {}  # that finding it took; on a fleet, since the batch began
         self._saved_at, self._saving_s, self._unsaved = time.monotonic(), 0.0, False
         if path is not None and path.exists():
             self._read(path)
@@ -195,14 +194,29 @@ class Lookups:
                     f"the budget of {self.budget} look-ups is spent: {self.space.format_arch(network)} is one more"
                 )
             began = time.monotonic()
-            value = float(self.evaluator.evaluate(network))
-            if not np.isfinite(value):
-                raise UsageError(f"the evaluator's answer for {self.space.format_arch(network)} is {value}: no number")
-            self.values[network], self.seconds[network] = value, time.monotonic() - began
-            self._unsaved = True
-            if SAVING * (time.monotonic() - self._saved_at) >= self._saving_s:
-                self.flush()
+            self._note(network, float(self.evaluator.evaluate(network)), time.monotonic() - began)
         return self.values[network]
+
+    def _note(self, network: Arch, value: float, seconds: float) -> None:
+        if not np.isfinite(value):
+            raise UsageError(f"the evaluator's answer for {self.space.format_arch(network)} is {value}: no number")
+        self.values[network], self.seconds[network] = value, seconds
+        self._unsaved = True
+        if SAVING * (time.monotonic() - self._saved_at) >= self._saving_s:
+            self.flush()
+
+    def prepare(self, archs: Sequence[Arch]) -> None:
+        """Asks about all that are new at once, as far as the budget goes, where the evaluator can do that."""
+        if not isinstance(self.evaluator, OnFleet):
+            return
+        networks = dict.fromkeys(self.space.canonical(arch) for arch in archs)
+        new = [network for network in networks if network not in self.values][: self.left]
+        began = time.monotonic()
+        try:
+            for i, value in self.evaluator.evaluate_each(new):
+                self._note(new[i], value, time.monotonic() - began)
+        finally:
+            self.flush()
 
     def best(self, among: Sequence[Arch] | None = None) -> tuple[Arch, float]:
         """The best network looked up, the first of equals, and its value; `among`: of these only.

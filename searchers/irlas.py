@@ -40,11 +40,12 @@ from latbench.oracle.base import Constraint
 from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace, density, format_codes
 from searchers import mirror, train
-from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult, infeasible
+from searchers.base import TOLERANCE, Evaluator, Problem, Reporter, Scalar, SearchResult, infeasible
+from searchers.candidates import OnFleet
 from searchers.data import Splits
 from searchers.derive import Recipe, publish, train_network
 from searchers.early_stop import EarlyStop, ShortTraining, Standardised
-from searchers.evaluators import Evaluator, HeldOut, Lookups, open_evaluator
+from searchers.evaluators import HeldOut, Lookups, open_evaluator
 from searchers.options import settings_of
 from searchers.qlearning import SCHEDULE, Floats, Learner, Process, Rates, Trajectory, epsilons
 from searchers.results import check_settings, write_bytes
@@ -142,8 +143,11 @@ class IRLAS:
         scout = self.scout(space, problem.constraints)
         splits = Splits.of(problem, space.num_classes, held_out=self.held_out)
         world, identity = World.here(), self._identity(problem, world_size=World.here().size)
-        lookups = Lookups(self._evaluator(problem, splits), space, path=problem.out / LOOKUPS, identity=identity)
-        search = BlockSearch(self, space, trained, lookups.evaluate, problem.constraints, seed=problem.seed)
+        evaluator = self._evaluator(problem) if problem.fleet is None else OnFleet(self._evaluator, problem)
+        lookups = Lookups(evaluator, space, path=problem.out / LOOKUPS, identity=identity)
+        search = BlockSearch(
+            self, space, trained, lookups.evaluate, problem.constraints, seed=problem.seed, prepare=lookups.prepare
+        )
         try:
             history = search.run(problem.out / STATE, identity, reporter, leads=world.leads)
             ranked = search.ranked() or search.consider([scout])
@@ -211,9 +215,10 @@ class IRLAS:
         options = settings_of(self, without=FINAL)
         return {**problem.identity(options), "seed": problem.seed, "processes": world_size}
 
-    def _evaluator(self, problem: Problem, splits: Splits) -> Evaluator:
+    def _evaluator(self, problem: Problem) -> Evaluator:
         space = space_of(problem)
         if self.evaluator == "train":
+            splits = Splits.of(problem, space.num_classes, held_out=self.held_out)
             judged = replace(
                 space, stack="cifar", widths="", repeats="", resolution=self.proxy_resolution, batch=1, dtype="float32"
             )  # fmt: skip
@@ -262,13 +267,17 @@ def _bounds(constraints: Sequence[Constraint], archs: Sequence[Arch]) -> Floats:
 
 
 class BlockSearch:
-    """The Q-learning of one run, what its blocks earned, and the ranking. `accuracy` judges an architecture."""
+    """The Q-learning of one run, what its blocks earned, and the ranking.
+
+    `accuracy` judges an architecture; `prepare` is told before which ones it will be asked about.
+    """
 
     def __init__(
         self, options: IRLAS, space: IRLASSpace, trained: mirror.Mirror, accuracy: Callable[[Arch], float],
         constraints: Sequence[Constraint] = (), *, seed: int = 0,
+        prepare: Callable[[Sequence[Arch]], None] | None = None,
     ) -> None:  # fmt: skip
-        self.options, self.space, self.mirror, self.accuracy = options, space, trained, accuracy
+        self.options, self.space, self.mirror, self.accuracy, self.prepare = options, space, trained, accuracy, prepare
         self.constraints, self.targets = constraints, np.array([c.target for c in constraints], np.float64)
         sizes = tuple(len(decision.options) for decision in space.decisions)
         final = tuple(n - 1 if i else None for i, n in enumerate(sizes))
@@ -331,12 +340,17 @@ class BlockSearch:
 
     def _rewards(self, blocks: Sequence[Trajectory], told: Callable[[float], None] | None = None) -> list[float]:
         archs = [self.arch(block) for block in blocks]
-        asked = self.options.latency_mode != "none" and len(self.constraints) > 0
-        bounds = _bounds(self.constraints, archs) if asked else np.empty((len(archs), 0))
-        targets = self.targets if asked else np.empty(0)
+        bounded = self.options.latency_mode != "none" and len(self.constraints) > 0
+        bounds = _bounds(self.constraints, archs) if bounded else np.empty((len(archs), 0))
+        targets = self.targets if bounded else np.empty(0)
+        kept = np.ones(len(archs), bool)
+        if self.options.latency_mode == "filter":
+            kept &= (bounds <= targets * (1 + TOLERANCE)).all(axis=1)
+        if self.prepare is not None:
+            self.prepare([archs[i] for i in np.flatnonzero(kept)])
         rewards = []
-        for block, arch, bound in zip(blocks, archs, bounds, strict=True):
-            if self.options.latency_mode == "filter" and (bound > targets * (1 + TOLERANCE)).any():
+        for block, arch, bound, asked in zip(blocks, archs, bounds, kept, strict=True):
+            if not asked:
                 rewards.append(0.0)
                 continue
             accuracy = self.accuracies[block] = float(self.accuracy(arch))

@@ -93,6 +93,7 @@ class RandomSearch:
         self, problem: Problem, archs: list[Arch], lookups: Lookups, reporter: Reporter | None
     ) -> tuple[Mapping[str, Scalar], ...]:
         """One row per network, in the order of drawing."""
+        lookups.prepare(archs)
         history: list[Mapping[str, Scalar]] = []
         best = -np.inf
         for i, arch in enumerate(archs):

@@ -37,9 +37,8 @@ from torch import Tensor
 
 from latbench.errors import InfeasibleTargetError, UsageError
 from latbench.graph.torch import weights_of
-from latbench.oracle.factors import FactorOracle
 from latbench.spaces.base import Arch
-from searchers.base import Problem, Reporter, Scalar, SearchResult, infeasible
+from searchers.base import Problem, Reporter, Scalar, SearchResult, infeasible, sum_near
 from searchers.data import Splits
 from searchers.derive import inherit, module_of, num_classes, publish
 from searchers.evaluators import BudgetSpentError
@@ -133,6 +132,8 @@ class RelativeNAS(Training):
         def step(pair: Pair, at: Position) -> dict[str, float]:
             archs = course.population.archs[pair.rows.tolist()]
             excess = violations(problem.constraints, archs)
+            if isinstance(judge, Asked):
+                judge.prepare(course.undecided(problem))
             losses = judge.losses(_archs(archs), excess, at, int(loop.rng("noise").integers(1 << 63)))
             first = bool(first_wins(losses, excess))
             judge.settle(losses, first)
@@ -155,7 +156,7 @@ def attainable(problem: Problem) -> Arch | None:
 
     Raises InfeasibleTargetError where single changes lead from no oracle's fastest network to one.
     """
-    oracles = [c.oracle for c in problem.constraints if isinstance(c.oracle, FactorOracle)]
+    oracles = [oracle for c in problem.constraints if (oracle := sum_near(c)) is not None]
     starts = [mend(problem.space, problem.constraints, oracle.fastest()[0]) for oracle in oracles]
     for arch in starts:
         if problem.satisfied(arch):
@@ -203,6 +204,12 @@ class _Course:
         self.first: list[bool] = []  # of every pair so far, whether its first wins
         self.losses: list[float] = []
         self.seen: dict[Arch, float] = {}  # latest loss of architectures within the budgets
+
+    def undecided(self, problem: Problem) -> list[Arch]:
+        """Of this generation's pairs that are still to come, those that violations do not decide."""
+        pairs, archs = self.population.pairs()[len(self.first) :], self.population.archs
+        excess = violations(problem.constraints, archs)
+        return _archs(archs[pairs[excess[pairs[:, 0]] == excess[pairs[:, 1]]].ravel()])
 
     def note(self, archs: Ints, losses: Floats, excess: Floats, first: bool) -> None:
         """One pair's outcome: (2, D), (2,), (2,)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -248,6 +249,11 @@ def load_tensors(path: Path) -> dict[str, Any]:
     BrokenSealError where it is damaged, and whatever torch raises where it is none."""
     with path.open("rb") as file:
         check_zip(file)
+        if zipfile.is_zipfile(file):  # torch compresses nothing: what is compressed may unpack to any size
+            with zipfile.ZipFile(file) as archive:
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("its members are compressed")
+        file.seek(0)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from latbench.cli.training import COUNT, TrainingBar, constraints_of, format_amount, speaks
 from latbench.cli.values import LATENCY, PERCENT
+from latbench.errors import UsageError
 
 if TYPE_CHECKING:
     from searchers.base import Problem, SearchResult
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another option of the searcher.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--fleet", metavar="ADDRESS", help="Judge candidates on every node of this fleet: ray://HOST:10001, or auto."
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Redraw the history here every epoch: run.svg.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of checkpoints and results."
@@ -62,6 +67,7 @@ def command(
     batch_size: int | None,
     settings: tuple[str, ...],
     seed: int,
+    fleet: str | None,
     plot: Path | None,
     output: Path,
     as_json: bool,
@@ -86,10 +92,26 @@ def command(
     counts = {"n_params": max_params, "macs": max_macs}
     constraints = constraints_of(tables, targets, counts, missing=missing, confidence=confidence)
     problem = Problem(constraints, data, output, seed, max_images=max_images)
-    with held(output) if speaks() else nullcontext(), TrainingBar(f"search {searcher}", plot) as bar:
+    if fleet is not None and getattr(chosen, "evaluator", "supernet") == "supernet":
+        raise UsageError(
+            f"{searcher} trains one supernet, which a fleet cannot share: start it with torchrun"
+            + (", or choose --set evaluator=train" if hasattr(chosen, "evaluator") else "")
+        )
+    with ExitStack() as stack:
+        if speaks():
+            stack.enter_context(held(output))
+        if fleet is not None:
+            from searchers.candidates import candidate_fleet
+
+            problem = replace(problem, fleet=stack.enter_context(candidate_fleet(fleet, _say)))
+        bar = stack.enter_context(TrainingBar(f"search {searcher}", plot))
         result = chosen.search(problem, reporter=bar)
     if speaks():
         click.echo(json.dumps(_plain(problem, result)) if as_json else _told(problem, result))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _plain(problem: Problem, result: SearchResult) -> dict[str, Any]:

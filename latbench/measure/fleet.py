@@ -16,6 +16,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ class Place:
     name: str  # its host's; a second Ray node of one host has -2 behind it
     address: str
     devices: dict[str, float]  # name of the device profile -> how much of the resource it announces
+    gpus: float = 0.0  # that Ray gives to whoever asks for them
 
 
 class Fleet:
@@ -72,7 +74,13 @@ class Fleet:
                 if name.startswith(PREFIX)
             }
             nodes.append(
-                Place(raw["NodeID"], f"{host}-{twins + 1}" if twins else host, raw["NodeManagerAddress"], held)
+                Place(
+                    raw["NodeID"],
+                    f"{host}-{twins + 1}" if twins else host,
+                    raw["NodeManagerAddress"],
+                    held,
+                    float(raw["Resources"].get("GPU", 0.0)),
+                )
             )
         return nodes
 
@@ -118,14 +126,32 @@ class Fleet:
                 self._ray.cancel(ref)
         return [ref in placed for ref in refs]
 
-    def hold(self, node: Place, device: str, made: Callable[..., Any], *args: Any) -> Held:
-        """``made(*args)``, an object on a node that holds the device until it is closed. It may not be there yet."""
+    def hold(self, node: Place, device: str | None, made: Callable[..., Any], *args: Any) -> Held:
+        """``made(*args)``, an object on a node that holds the device until it is closed, or with None all its devices
+        and GPUs. It may not be there yet."""
+        devices = node.devices if device is None else [device]
+        resources = {name: amount for one in devices for name, amount in _whole(node, one).items()}
         actor = (
             self._ray.remote(made)
-            .options(num_cpus=0, max_restarts=0, resources=_whole(node, device), scheduling_strategy=self._on(node))
+            .options(
+                num_cpus=0,
+                num_gpus=node.gpus if device is None else 0,
+                max_restarts=0,
+                resources=resources,
+                scheduling_strategy=self._on(node),
+            )
             .remote(*args)
         )
         return Held(self, actor, node)
+
+    def done(self, calls: Sequence[Any], wait_s: float) -> list[Any]:
+        """Those of the calls that have an answer, or never will; waits for the first of them, `wait_s` at most."""
+        if not calls:
+            time.sleep(wait_s)
+            return []
+        ready, _ = self._ray.wait(list(calls), num_returns=1, timeout=wait_s)
+        more, _ = self._ray.wait(list(calls), num_returns=len(calls), timeout=0) if ready else ([], [])
+        return list(more)
 
     def answer(self, ref: Any, name: str, limit_s: float) -> Any:
         """What a call came to. Raises the LatbenchError that it raised; NodeLostError where no answer comes."""

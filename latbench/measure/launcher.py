@@ -233,7 +233,8 @@ class _Worker:
             os.write(self._write, (json.dumps(message) + "\n").encode())
 
     def receive(self, limit_s: float) -> dict[str, Any] | None:
-        """The next message; None when the worker is gone. Raises TimeoutError past the limit."""
+        """The next message; None when the worker is gone, or said what is no message: its memory is not to be trusted.
+        Raises TimeoutError past the limit."""
         deadline = time.monotonic() + limit_s
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
@@ -244,7 +245,13 @@ class _Worker:
                 return None
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            self._process.kill()
+            return None
         return message
 
     def wait_ready(self) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ class NodeMeasurer:
         """Takes this machine for measuring; False where somebody else measures here, through any fleet."""
         if self._target.simulated:
             return True
-        lock = _machine_lock()
+        lock = machine_lock()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -213,7 +213,7 @@ def _limit_s(plan: SamplingPlan) -> float:
 
 def machine_is_busy() -> bool:
     """Whether something is being measured on this machine through a fleet."""
-    lock = _machine_lock()
+    lock = machine_lock()
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -230,8 +230,9 @@ def lowered_priority() -> int:
     return max(0, os.getpriority(os.PRIO_PROCESS, 0))
 
 
-def _machine_lock() -> int:
-    """The machine's lock file, open; one for all users, and none needs to own it."""
+def machine_lock() -> int:
+    """The machine's lock file, open: exclusive for measuring, shared for other work. One for all users, and none needs
+    to own it."""
     path = Path("/tmp") / LOCK if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir()) / LOCK
     with contextlib.suppress(FileNotFoundError):
         return os.open(path, os.O_RDONLY)

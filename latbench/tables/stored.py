@@ -29,6 +29,8 @@ from latbench.tables.rows import JUDGED, SCHEMA, check, check_identities
 SCHEMA_VERSION = 1  # raised when a column changes its meaning or goes; an added optional column reads as null
 GROUP_ROWS = 8192  # of a row group: 10 MB with its samples
 READ_WHOLE_BYTES = 64 << 20  # of columns, uncompressed: beyond it they stay in the file until they are asked for
+FEW_VALUES = 1 << 26  # of all columns: half a GiB of numbers
+VALUES_PER_BYTE = 16  # of a file with more: a million rows of a simulated device have less than 1
 _METADATA = b"latbench"
 
 
@@ -94,8 +96,11 @@ def read(path: Path) -> tuple[Columns, dict[str, Any]]:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         meta = _metadata(path, file.schema_arrow.metadata or {})
         conform(path, file.schema_arrow.empty_table())
-        groups = range(file.metadata.num_row_groups)
-        if sum(file.metadata.row_group(i).total_byte_size for i in groups) > READ_WHOLE_BYTES:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        n = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+        if n > max(FEW_VALUES, VALUES_PER_BYTE * path.stat().st_size):
+            raise SchemaMismatchError(f"{path} claims {n} values in {path.stat().st_size} bytes: it is no table")
+        if sum(group.total_byte_size for group in groups) > READ_WHOLE_BYTES:
             return Columns((Stored(path, file),)), meta
         with file:
             data = conform(path, file.read())

@@ -315,6 +315,18 @@ def test_a_column_of_one_value_a_hundred_million_times(tmp_path: Path) -> None:
     )
 
 
+def test_a_table_of_a_hundred_million_rows_in_a_few_kilobytes(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table().write(path)
+    whole = pq.read_table(path)
+    nulls = whole.schema.empty_table().take(pa.nulls(10**6, pa.int64()))
+    with pq.ParquetWriter(path, nulls.schema, compression="zstd") as writer:
+        for _ in range(10):
+            writer.write_table(nulls)
+    assert path.stat().st_size < MIB
+    assert "values in" in refused(SchemaMismatchError, lambda: LatencyTable.read(path))
+
+
 def test_a_text_of_a_megabyte_in_a_million_rows(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**6, np.int32)), pa.array(["x" * MIB]))

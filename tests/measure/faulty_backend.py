@@ -98,6 +98,8 @@ FAULTS: dict[str, Callable[[], object]] = {
     "allocate": lambda: bytearray(1 << 60),
     "flood": flood,
     "flood and die": flood_and_die,
+    "babble": lambda: os.write(int(sys.argv[2]), b"\xff no message\n"),
+    "number": lambda: os.write(int(sys.argv[2]), b"1\n"),
     "modules": lambda: fail(json.dumps(sorted({name.partition(".")[0] for name in sys.modules}))),
     "environment": lambda: fail(json.dumps(dict(os.environ))),
 }

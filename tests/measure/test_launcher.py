@@ -150,6 +150,16 @@ def test_what_a_runtime_prints_is_no_answer(launcher: LocalLauncher, requests: R
     assert statuses(list(launcher.measure(requests({"how": "flood", "call": CALL[stage]}, {})))) == ["ok", "ok"]
 
 
+@pytest.mark.parametrize("how", ["babble", "number"])
+@pytest.mark.parametrize("stage", CALL)
+def test_a_worker_whose_answer_is_no_message_is_killed(
+    launcher: LocalLauncher, requests: Requests, stage: str, how: str
+) -> None:
+    measured = list(launcher.measure(requests({}, {"how": how, "call": CALL[stage]}, {})))
+    assert statuses(measured) == ["ok", "error", "ok"]
+    assert measured[1].error == "the worker died twice (signal SIGKILL)"
+
+
 def test_the_last_line_printed_explains_a_death(launcher: LocalLauncher, requests: Requests) -> None:
     (measured,) = launcher.measure(requests({"how": "flood and die", "call": 1}))
     assert measured.error == "the worker died twice (signal SIGKILL: last words)"

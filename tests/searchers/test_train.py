@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_what_is_free_is_not_while_training_goes_on(tmp_path):
         run(tmp_path, identity={"a": 2}, free=["a"])
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "other", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "other", "pickle", "compressed"])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     run(tmp_path, epochs=1)
     path = tmp_path / "search.ckpt"
@@ -112,6 +113,12 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
         path.write_bytes(bytes(range(256)))
     elif damage == "other":
         torch.save({"epoch": 1}, path)
+    elif damage == "compressed":  # zeros without end in a few kilobytes
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
     else:
         torch.save({"epoch": Position(0, 0, 1, 1)}, path)  # a class: weights_only refuses it
     with pytest.raises(UsageError, match="remove it to start again") as error:
