@@ -28,6 +28,7 @@ from latbench.oracle.features import Additive, additive
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable
 
+SETTLED = 3  # chains beyond a core's own cache, by whose median the next level's curve begins
 _ADDITIVE = ("footprint", "held")
 
 
@@ -130,17 +131,28 @@ class _Curve:
 
     @classmethod
     def of(cls, weights: Floats, maps: int, ms: Floats) -> _Curve:
-        """Of the chains of one block, by ascending weights."""
-        per_weight = np.asarray(isotonic_regression(ms / weights).x, np.float64)
+        """Of the chains of one block, by ascending weights: three at least.
+
+        The median of each with its neighbours leaves what rises as it is, and takes out one chain in a bad moment.
+        """
+        each = ms / weights
+        middle = np.median([each[:-2], each[1:-1], each[2:]], axis=0)
+        smooth = np.concatenate([[min(each[0], middle[0])], middle, each[-1:]])
+        per_weight = np.asarray(isotonic_regression(smooth).x, np.float64)
         return cls(weights + maps, per_weight - per_weight[0])
 
     def then(self, other: _Curve) -> _Curve:
-        """This one where the other has not begun, which stands on what this one has reached there."""
+        """This one where the other has not begun, which stands on what this one has reached there.
+
+        Past a cache the rise is flat until the next: no further than the median of the last three, so that one chain in
+        a bad moment does not lift all that follows.
+        """
         before = self.footprint < other.footprint[0]
-        reached = np.interp(other.footprint[0], self.footprint, self.rise)
+        rise = np.minimum(self.rise, np.median(self.rise[-SETTLED:]))
+        reached = np.interp(other.footprint[0], self.footprint, rise)
         return _Curve(
             np.concatenate([self.footprint[before], other.footprint]),
-            np.concatenate([self.rise[before], other.rise + reached]),
+            np.concatenate([rise[before], other.rise + reached]),
         )
 
     def hinges(self) -> tuple[Floats, Floats]:
