@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +22,7 @@ from latbench import __version__
 from latbench.errors import EnvironmentUnfitError, LatbenchError
 from latbench.measure.fleet import Fleet, Held, NodeLostError, connect
 from latbench.profiling.fleet_node import machine_lock
+from latbench.profiling.scratch import scratch
 from latbench.spaces.base import Arch
 from searchers.base import Evaluator, Problem
 
@@ -43,7 +41,8 @@ class CandidateNode:
                 f"it has latbench {__version__}, this machine {version}: install the same on both"
             )
         torch.set_num_threads(threads)
-        self._folder = Path(tempfile.mkdtemp(prefix="latbench-candidates-"))
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(scratch())
         self._evaluator: Evaluator | None = None
 
     def prepare(self, make: Make, problem: Problem) -> None:
@@ -67,7 +66,7 @@ class CandidateNode:
 
     def close(self) -> None:
         """Removes its folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
 
 class CandidateFleet:

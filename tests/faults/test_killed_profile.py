@@ -55,7 +55,7 @@ def kill_and_resume(folder: Path, n_kills: int, workers: Workers) -> None:
 
 
 def test_killed_again_and_again_it_ends_with_the_whole_table(tmp_path: Path, workers: Workers) -> None:
-    kill_and_resume(tmp_path, 6, workers)
+    kill_and_resume(tmp_path, 3, workers)
 
 
 @pytest.mark.slow
