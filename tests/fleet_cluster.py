@@ -60,8 +60,9 @@ class Cluster:
         return [pid for pid, argv in processes() if "NodeMeasurer" in argv and parent(pid) in raylets]
 
     def kill_node(self, index: int) -> None:
-        """As a machine that loses its power."""
-        for pid in self.groups[index]:
+        """As a machine that loses its power: with what its raylet has started since, which would go on for a while."""
+        group = set(self.groups[index])
+        for pid in [*group, *(pid for pid, _ in processes() if parent(pid) in group)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
