@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +23,7 @@ def read(source: Path | bytes, columns: list[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             flat = [name for name in _flat_texts(file.schema_arrow) if columns is None or name in columns]
-            n = sum(_values(file.metadata.row_group(i)) for i in range(file.metadata.num_row_groups))
+            n = count(file, MAX_VALUES)
         if n > MAX_VALUES:
             raise ValueError(f"it claims {n} values, more than {MAX_VALUES}")
         with pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source, read_dictionary=flat) as file:
@@ -41,15 +40,25 @@ def read(source: Path | bytes, columns: list[str] | None = None) -> pa.Table:
         raise ValueError(f"it is damaged: {_told(error)}") from None
 
 
+def count(file: pq.ParquetFile, limit: int) -> int:
+    """Values of all columns, those of lists too; what stands once a row alone where that is beyond `limit`.
+
+    Runs through the pages first, which raises OSError where the footer contradicts itself: pyarrow 26 ends the process
+    where such a column is asked for its figures.
+    """
+    n: int = file.metadata.num_rows * file.metadata.num_columns
+    if n > limit:
+        return n
+    file.scan_contents()
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    return sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+
+
 def _flat_texts(schema: pa.Schema) -> list[str]:
     """Columns of text or bytes that do not repeat their name."""
     kinds = (pa.types.is_string, pa.types.is_binary, pa.types.is_large_string, pa.types.is_large_binary)
     names = schema.names
     return [f.name for f in schema if any(kind(f.type) for kind in kinds) and names.count(f.name) == 1]
-
-
-def _values(group: Any) -> int:
-    return sum(group.column(i).num_values for i in range(group.num_columns))
 
 
 def _decoded(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

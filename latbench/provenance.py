@@ -12,7 +12,7 @@ from typing import Any
 # What may differ between two tables that merge: when, where and by whom they were made.
 _CONDITIONS = ("device_name", "backend", "versions", "environment", "options", "policy", "space", "settings")
 
-
+_NAMES = ("device", "device_name", "backend", "space", "command", "commit", "started_at", "finished_at", "host")
 _REPLACED = ("-o", "--output", "--only")  # options of `profile` that another run of one row sets anew
 
 
@@ -71,7 +71,10 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Provenance:
-        """Inverse of ``to_dict``; raises TypeError on missing or unknown fields."""
+        """Inverse of ``to_dict``; raises TypeError on missing or unknown fields, and on names that are no text."""
+        for name in _NAMES:
+            if not isinstance(raw.get(name, ""), str):
+                raise TypeError(f"{name} must be text, not {type(raw[name]).__name__}")
         return cls(**{**raw, "parents": tuple(raw.get("parents", ()))})
 
 

@@ -80,8 +80,9 @@ def seal_parquet(file: IO[bytes]) -> None:
     file.write(_sealed(zlib.crc32(footer)) + footer)
 
 
-def check_parquet(file: IO[bytes]) -> None:
-    """Raises BrokenSealError where the footer is not the one that was sealed. Leaves the file at its start."""
+def check_parquet(file: IO[bytes]) -> bool:
+    """Whether the footer is sealed. Raises BrokenSealError where it is not the one that was. Leaves the file at its
+    start."""
     start = _footer(file)
     file.seek(max(0, start - _SIZE))
     data = file.read()
@@ -92,6 +93,7 @@ def check_parquet(file: IO[bytes]) -> None:
     # a footer whose length was hit is looked for at the wrong place: its seal is elsewhere near the end
     if found is None and _MARK in data:
         raise BrokenSealError
+    return found is not None
 
 
 def _footer(file: IO[bytes]) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latbench import parquet
 from latbench.errors import SchemaMismatchError, TableError
 from latbench.files import replace_file, why_not
 from latbench.seals import BrokenSealError, check_parquet, seal_parquet
@@ -92,13 +93,14 @@ class Stored:
 def read(path: Path) -> tuple[Columns, dict[str, Any]]:
     """The columns of a file and its metadata. Raises SchemaMismatchError, TableError: ``LatencyTable.read``."""
     with told(path):
-        _look(path)
+        sealed = _look(path)
         file = pq.ParquetFile(path, page_checksum_verification=True)
         meta = _metadata(path, file.schema_arrow.metadata or {})
         conform(path, file.schema_arrow.empty_table())
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        n = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
-        if n > max(FEW_VALUES, VALUES_PER_BYTE * path.stat().st_size):
+        limit = max(FEW_VALUES, VALUES_PER_BYTE * path.stat().st_size)
+        rows, groups = file.metadata.num_rows, [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        n = rows * file.metadata.num_columns if sealed else parquet.count(file, limit)
+        if n > limit:
             raise SchemaMismatchError(f"{path} claims {n} values in {path.stat().st_size} bytes: it is no table")
         if sum(group.total_byte_size for group in groups) > READ_WHOLE_BYTES:
             return Columns((Stored(path, file),)), meta
@@ -145,8 +147,10 @@ def write(path: Path, columns: Columns, provenance: Mapping[str, Any], notes: Ma
         raise TableError(why_not(error, path)) from None
 
 
-def _look(path: Path) -> None:
-    """Raises SchemaMismatchError with what `path` is, where it is plainly no parquet file; OSError as ``open`` does."""
+def _look(path: Path) -> bool:
+    """Whether its footer has a checksum. Raises SchemaMismatchError where that does not fit, and with what `path` is,
+    where it is plainly no parquet file; OSError as ``open`` does."""
+    sealed = False
     if path.is_dir():
         raise SchemaMismatchError(f"{path} is a directory, not a latency table: give the .parquet file itself")
     with path.open("rb") as file:
@@ -157,7 +161,7 @@ def _look(path: Path) -> None:
         tail = file.read(4)
         try:
             if head == tail == b"PAR1":
-                check_parquet(file)
+                sealed = check_parquet(file)
         except BrokenSealError as error:
             raise SchemaMismatchError(f"{path}: {error}; restore it or make it again") from None
     if not size:
@@ -168,6 +172,7 @@ def _look(path: Path) -> None:
         )
     if tail != b"PAR1" or size < 12:
         raise SchemaMismatchError(f"{path} is truncated ({size} bytes): restore it or make it again")
+    return sealed
 
 
 def _metadata(path: Path, metadata: Mapping[bytes, bytes]) -> dict[str, Any]:

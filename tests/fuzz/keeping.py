@@ -109,7 +109,7 @@ def _table(rng: Random) -> bytes:
         elif kind == 1:
             whole = whole.rename_columns([f"{c}x" if c == name else c for c in whole.column_names])
         elif kind == 2:
-            whole = whole.append_column(rng.choice(whole.column_names), whole[name])
+            whole = whole.append_column(rng.choice(whole.column_names), whole.column(whole.column_names.index(name)))
         else:
             other = rng.choice(COLUMNS)
             column = other if isinstance(other, pa.Array) else pa.array(other)
