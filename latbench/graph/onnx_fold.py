@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,7 +178,7 @@ def _fold(editor: _Editor, bn: NodeProto) -> NodeProto:
     if add is not None:
         addend = next(name for name in add.input if editor.constant(name) is not None)
         bias = bias + _per_channel(editor, addend, scale.size, rank)
-    new_weight = _stored(weight.astype(np.float64) * factor, weight.dtype, layer)
+    new_weight = _stored(_wide(weight) * factor, weight.dtype, layer)
     new_bias = _stored(bias * scale + shift, weight.dtype, layer)
 
     name = layer.input[1]
@@ -201,6 +202,12 @@ def _fold(editor: _Editor, bn: NodeProto) -> NodeProto:
     return layer
 
 
+def _wide(values: NDArray[Any]) -> Array:
+    """In double precision; a signalling NaN is only a NaN."""
+    with np.errstate(invalid="ignore"):
+        return values.astype(np.float64)
+
+
 def _affine(editor: _Editor, bn: NodeProto) -> tuple[Array, Array]:
     """Scale and shift, (C,) each."""
     if not number(bn, "spatial", 1):
@@ -210,7 +217,7 @@ def _affine(editor: _Editor, bn: NodeProto) -> tuple[Array, Array]:
         value = editor.constant(name)
         if value is None:
             raise _Unfoldable(f"its {role} is not constant")
-        values.append(value.astype(np.float64).reshape(-1))
+        values.append(_wide(value).reshape(-1))
     gamma, beta, mean, variance = values
     if len({v.size for v in values}) > 1:
         raise _Unfoldable("its parameters differ in length")
@@ -280,7 +287,7 @@ def _per_channel(editor: _Editor, name: str, channels: int, rank: int) -> Array:
     shape = (1,) * (rank - value.ndim) + value.shape
     if len(shape) != rank or shape[axis] not in (1, channels) or value.size != shape[axis]:
         raise _Unfoldable(f"the bias {name} of shape {value.shape} is not one value per channel")
-    return np.broadcast_to(value.astype(np.float64).reshape(-1), (channels,))
+    return np.broadcast_to(_wide(value).reshape(-1), (channels,))
 
 
 def _stored(value: Array, dtype: np.dtype[np.generic], layer: NodeProto) -> NDArray[np.generic]:

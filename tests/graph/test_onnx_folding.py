@@ -146,6 +146,15 @@ def test_float16_overflow_is_refused() -> None:
     assert "overflow float16" in report.kept[0][1]
 
 
+@pytest.mark.parametrize("name", ["w", "var"])
+def test_a_signalling_nan_is_only_a_nan(name: str) -> None:
+    values = {k: v.copy() for k, v in CONV.items()}
+    values[name].view(np.uint32).flat[0] = 0x7F800001
+    model = from_bytes(make([node("Conv", "x w", "h"), bn("h", "y")], values).SerializeToString())
+    folded, _ = fold_batch_norm(model)  # warnings are errors here
+    assert folded
+
+
 def test_the_model_given_is_left_as_it_was() -> None:
     model = from_bytes(make([node("Conv", "x w", "h"), bn("h", "y")], CONV).SerializeToString())
     before = model.SerializeToString(deterministic=True)
