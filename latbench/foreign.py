@@ -11,6 +11,7 @@ import json
 import math
 import stat
 import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -50,7 +51,9 @@ def read_npy(data: bytes) -> Any:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"format {version[0]}.{version[1]} is for more than plain numbers")
         read_header = np.lib.format.read_array_header_2_0 if two else np.lib.format.read_array_header_1_0
-        shape, fortran, dtype = read_header(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a header that Python 2 wrote, or that looks so
+            shape, fortran, dtype = read_header(stream)
     except (*_ARCHIVE, ValueError) as error:
         raise ValueError(f"an array's header is damaged: {' '.join(str(error).split())[:120]}") from None
     if dtype.kind not in "fiub":

@@ -31,13 +31,14 @@ def open_data(data: str | DataSource) -> DataSource:
     kind, colon, where = data.partition(":")
     if kind == "digits" and not colon:
         return _digits()
-    if kind == "folder" and where:
-        return _folder(Path(where))
-    if kind == "parquet" and where:
-        return _parquet(Path(where))
-    if kind in FRIENDS and where:
-        return _friend(kind, Path(where))
-    raise UsageError(f"unknown data {shown(data)}: {KINDS}")
+    if not where or "\0" in where or kind not in ("folder", "parquet", *FRIENDS):
+        raise UsageError(f"unknown data {shown(data)}: {KINDS}")
+    try:
+        if kind == "folder":
+            return _folder(Path(where))
+        return _parquet(Path(where)) if kind == "parquet" else _friend(kind, Path(where))
+    except OSError as error:  # a path that is too long, or leads through what may not be read
+        raise UsageError(f"{shown(data)}: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def _parquet(path: Path) -> ArraySource:
     encoded = images.to_pylist()
     if "split" not in table.column_names:
         return _carve(name, classes, encoded, labels)
+    if not (pa.types.is_string(table["split"].type) or pa.types.is_large_string(table["split"].type)):
+        raise UsageError(f"{name}: its column split holds {table['split'].type}, not text: train or test")
     split = table["split"].to_numpy(zero_copy_only=False).astype(str)
     parts = {"train": split == "train", "test": split != "train"}
     return ArraySource(

@@ -96,7 +96,14 @@ def read_batches(path: Path, model: ModelProto) -> list[Batch]:
             raise UsageError(f"{path}: samples of input {name!r} are {given}, the model wants {wanted}")
     size = next(iter(shapes.values()))[0]
     picks = [np.arange(start, start + size) % n for start in range(0, n, size)]
-    return [{name: np.ascontiguousarray(arrays[name][pick], types[name]) for name in shapes} for pick in picks]
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinity, which is refused below
+        batches: list[Batch] = [
+            {name: np.ascontiguousarray(arrays[name][pick], types[name]) for name in shapes} for pick in picks
+        ]
+    for name in shapes:
+        if any(batch[name].dtype.kind == "f" and not np.isfinite(batch[name]).all() for batch in batches):
+            raise UsageError(f"{path}: input {name!r} has values that are no finite {np.dtype(types[name]).name}")
+    return batches
 
 
 def _arrays(path: Path, inputs: Sequence[str]) -> dict[str, NDArray[Any]]:

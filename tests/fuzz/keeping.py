@@ -102,8 +102,9 @@ def _table(rng: Random) -> bytes:
         return damaged(rng, [table_bytes()])
     whole, meta = _small()
     for _ in range(rng.randrange(3)):
-        name = rng.choice(whole.column_names)
-        kind = rng.randrange(5)
+        name, kind = rng.choice(whole.column_names), rng.randrange(5)
+        if whole.column_names.count(name) != 1:
+            continue
         if kind == 0:
             whole = whole.drop_columns([name])
         elif kind == 1:

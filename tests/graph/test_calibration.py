@@ -122,6 +122,8 @@ def saved(path: Path, array: NDArray[Any] | None = None, **arrays: NDArray[Any])
         (lambda path: saved(path, np.array(3.0)), "same number of samples, at least one"),
         (lambda path: saved(path, np.zeros((4, 3))), r"samples of input 'x' are 3, the model wants 2"),
         (lambda path: saved(path, np.array([{}], object)), "is none"),
+        (lambda path: saved(path, np.full((4, 2), 1e300)), "input 'x' has values that are no finite float32"),
+        (lambda path: saved(path, np.full((4, 2), np.nan)), "input 'x' has values that are no finite float32"),
         (
             lambda path: saved(path, a=np.zeros((4, 2)), b=np.zeros((4, 2))),
             r"no array for input 'x' \(it",

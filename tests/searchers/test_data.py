@@ -98,6 +98,8 @@ def broken(tmp_path, kind):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "columns.parquet")
     pq.write_table(pa.table({"image": [b"x"], "label": [-1]}), tmp_path / "label.parquet")
     pq.write_table(pa.table({"image": [1], "label": [1]}), tmp_path / "type.parquet")
+    split = {"image": [b"1", b"2"], "label": [0, 1], "split": [[1], [2]]}
+    pq.write_table(pa.table(split), tmp_path / "split.parquet")
     (tmp_path / "noise.parquet").write_bytes(b"noise")
     return kind.replace("DIR", str(tmp_path))
 
@@ -115,7 +117,11 @@ def broken(tmp_path, kind):
         ("parquet:DIR/columns.parquet", "no column image or label"),
         ("parquet:DIR/label.parquet", "label|too few|images"),
         ("parquet:DIR/type.parquet", "not encoded images"),
+        ("parquet:DIR/split.parquet", "column split holds list<.*>, not text"),
         ("cifar10:DIR", "to fetch it, run: python -c"),
+        ("folder:DIR/" + "x" * 5000, "File name too long"),
+        ("mnist:DIR/" + "x" * 5000, "File name too long"),
+        ("folder:DIR/a\0b", "unknown data"),
     ],
 )
 def test_what_is_wrong_with_data_is_one_line(tmp_path, text, words):
