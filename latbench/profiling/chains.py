@@ -22,7 +22,7 @@ from latbench.spaces.base import FactoredSpace
 
 FITS_BYTES = 1 << 20  # networks of fewer weights are taken to fit every cache: no chains
 # Totals of weights around what a core keeps to itself, the ratio between them, what a block of theirs weighs, best:
-OWN_FIRST, OWN_LAST, OWN_GROWTH, OWN_BLOCK_BYTES = 256 << 10, 4 << 20, 1.5, 128 << 10
+OWN_FIRST, OWN_LAST, OWN_GROWTH, OWN_BLOCK_BYTES = 384 << 10, 4 << 20, 1.5, 384 << 10  # smaller ones stream worse
 # ... around what the last-level cache keeps: two that fit, then on to the largest network.
 SHARED_FIT, SHARED_FIRST, SHARED_GROWTH, SHARED_BLOCK_BYTES = (4 << 20, 8 << 20), 10 << 20, 1.25, 1 << 20
 MIN_SHARE = 0.05  # of a space's weights, below which a class of blocks is left out

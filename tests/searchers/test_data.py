@@ -122,6 +122,8 @@ def broken(tmp_path, kind):
         ("folder:DIR/" + "x" * 5000, "File name too long"),
         ("mnist:DIR/" + "x" * 5000, "File name too long"),
         ("folder:DIR/a\0b", "unknown data"),
+        ("folder:/", "whole file system"),
+        ("folder://usr/..", "whole file system"),
     ],
 )
 def test_what_is_wrong_with_data_is_one_line(tmp_path, text, words):
