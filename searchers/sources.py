@@ -98,7 +98,7 @@ def _digits() -> ArraySource:
 def _folder(root: Path) -> ArraySource:
     """DIR/train/CLASS/* and DIR/val (or test)/CLASS/*; or DIR/CLASS/*, of which a test split is kept out."""
     name = f"folder:{root}"
-    if root.resolve() == Path(root.anchor or "/"):
+    if root.resolve() == root.resolve().parent:
         raise UsageError(f"{name} is the whole file system: give the folder of the images")
     test = next((root / sub for sub in ("test", "val") if (root / sub).is_dir()), None)
     if test is None or not (root / "train").is_dir():
