@@ -111,6 +111,8 @@ def read_result(folder: Path) -> Found:
         raise UsageError(
             f"{folder} holds no search result ({error.filename} is missing): latbench search first"
         ) from None
+    except OSError as error:
+        raise UsageError(f"{folder / RESULT} names {shown(error.filename)}: {error.strerror or error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / RESULT} is damaged ({error}): search again into the same folder") from None
 

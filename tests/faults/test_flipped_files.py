@@ -228,6 +228,19 @@ def test_a_file_that_is_not_the_one_the_result_speaks_of_is_refused(searched: Pa
     assert check_network(read_result(searched)) == searched / NETWORK
 
 
+def test_a_result_that_names_no_file_that_can_be_is_refused(searched: Path) -> None:
+    path = searched / RESULT
+    data = path.read_text()
+    try:
+        raw = json.loads(data)
+        del raw["crc32"]
+        path.write_text(json.dumps(raw).replace("constraint0.npz", "x" * 300))
+        with pytest.raises(UsageError, match="File name too long"):
+            read_result(searched)
+    finally:
+        path.write_text(data)
+
+
 # ---- what others see ------------------------------------------------------------------------------------------------
 
 
