@@ -121,7 +121,8 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 def online_cpus(root: Path = ROOT) -> tuple[int, ...]:
     """Logical CPUs that are switched on."""
     listed = parse_cpu_list(read_text(root / CPUS / "online"))
-    return listed or tuple(int(n) for n in _fields(root / "proc/cpuinfo").get("processor", []))
+    named = _fields(root / "proc/cpuinfo").get("processor", [])
+    return listed or tuple(int(n) for n in named if re.fullmatch(r"[0-9]{1,9}", n))
 
 
 def affinity(root: Path = ROOT) -> tuple[int, ...]:
@@ -153,7 +154,7 @@ def caches(root: Path = ROOT) -> tuple[Cache, ...]:
     """Caches of the first CPU, by level."""
     found = []
     for index in sorted((root / CPUS / "cpu0/cache").glob("index*")):
-        level, size = read_int(index / "level"), re.fullmatch(r"([0-9]+)([KM])", read_text(index / "size"))
+        level, size = read_int(index / "level"), re.fullmatch(r"([0-9]{1,12})([KM])", read_text(index / "size"))
         if level is not None and size is not None:
             nbytes = int(size[1]) * {"K": 2**10, "M": 2**20}[size[2]]
             shared_by = len(parse_cpu_list(read_text(index / "shared_cpu_list"))) or 1

@@ -93,6 +93,17 @@ def test_two_cores_of_two_threads(tmp_path: Path) -> None:
     assert host.smt_siblings(tmp_path) == ()
 
 
+def test_numbers_without_end_are_no_figures(tmp_path: Path) -> None:
+    cache = tmp_path / host.CPUS / "cpu0/cache/index0"
+    cache.mkdir(parents=True)
+    (cache / "level").write_text("1")
+    (cache / "size").write_text("9" * 5000 + "K")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor : 0\nprocessor : {'9' * 5000}\nprocessor : processor : 1\n")
+    assert host.caches(tmp_path) == ()
+    assert host.online_cpus(tmp_path) == (0,)
+
+
 def test_caches_by_level(tmp_path: Path) -> None:
     files: dict[str, str] = {}
     for index, (level, kind, size, shared) in enumerate([(3, "Unified", "32M", "0-3"), (1, "Data", "48K", "0")]):

@@ -208,7 +208,7 @@ def _model(rng: Random) -> bytes:
         sink, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
     ) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            archive.writestr(name.partition("\0")[0] or "x", data)
     return sink.getvalue() if rng.random() < 0.8 else damaged(rng, [sink.getvalue()])
 
 
