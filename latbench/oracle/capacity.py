@@ -12,7 +12,7 @@ the rise at its block's, which the block's own latency holds already. No figure 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from latbench.oracle.features import Additive, additive
 from latbench.spaces.base import FactoredSpace
 from latbench.tables import LatencyTable
 
+ALIKE = 1.25  # ratio of the weights of blocks that stream alike
 SETTLED = 3  # chains beyond a core's own cache, by whose median the next level's curve begins
 _ADDITIVE = ("footprint", "held")
 
@@ -51,6 +52,7 @@ class Capacity:
         ms = frame["latency_ref_ms"].fillna(frame["latency_ms"])
         chains = frame.assign(ms=ms, intensity=(frame["macs"] / frame["n_params"]).round(6)).sort_values("n_params")
         maps = {round(block.macs / block.n_params, 6): _maps(block) for block in _weighty(space)}
+        alike = _alike(space, table)
         curves: dict[int, _Curve] = {}  # by class: the nearest power of two
         logs: dict[int, float] = {}
         for intensity, part in sorted(chains.groupby("intensity"), key=lambda found: found[1]["n_params"].iloc[0]):
@@ -58,7 +60,7 @@ class Capacity:
                 continue
             group = round(math.log2(intensity))
             weights = part["n_params"].to_numpy(np.float64)
-            curve = _Curve.of(weights, maps[intensity], part["ms"].to_numpy(np.float64))
+            curve = _Curve.of(weights, maps[intensity], part["ms"].to_numpy(np.float64), alike(group, weights[0]))
             curves[group] = curves[group].then(curve) if group in curves else curve
             logs[group] = math.log(intensity)
         if not curves:
@@ -130,8 +132,9 @@ class _Curve:
     rise: Floats
 
     @classmethod
-    def of(cls, weights: Floats, maps: int, ms: Floats) -> _Curve:
-        """Of the chains of one block, by ascending weights: three at least.
+    def of(cls, weights: Floats, maps: int, ms: Floats, held: float = 0.0) -> _Curve:
+        """Of the chains of one block, by ascending weights: three at least. `held`: what blocks like it take by their
+        own rows, ms per weight; in context they do not have the caches to themselves as a chain of one has.
 
         The median of each with its neighbours leaves what rises as it is, and takes out one chain in a bad moment.
         """
@@ -139,7 +142,7 @@ class _Curve:
         middle = np.median([each[:-2], each[1:-1], each[2:]], axis=0)
         smooth = np.concatenate([[min(each[0], middle[0])], middle, each[-1:]])
         per_weight = np.asarray(isotonic_regression(smooth).x, np.float64)
-        return cls(weights + maps, per_weight - per_weight[0])
+        return cls(weights + maps, np.maximum(per_weight - max(per_weight[0], held), 0.0))
 
     def then(self, other: _Curve) -> _Curve:
         """This one where the other has not begun, which stands on what this one has reached there.
@@ -201,6 +204,21 @@ def _maps(block: Graph) -> int:
     """Elements of what a convolution reads and writes, where that is most; what is elementwise runs in place."""
     around = ((*node.inputs, node.name) for node in block.nodes if isinstance(node.op, Conv2d))
     return max((sum(math.prod(block.shapes[name]) for name in names) for names in around), default=0)
+
+
+def _alike(space: FactoredSpace, table: LatencyTable) -> Callable[[int, float], float]:
+    """(class, weights of a block) -> the median ms per weight of blocks about as large; 0 where there are none."""
+    ms = table.select(kind="block", status="ok").select(context="sandwich").blocks_ms()
+    known = [block for block in _weighty(space) if block.key in ms]
+    groups = np.array([round(math.log2(round(max(block.macs, 1) / block.n_params, 6))) for block in known])
+    weights = np.array([block.n_params for block in known], np.float64)
+    each = np.array([ms[block.key] for block in known]) / weights
+
+    def of(group: int, n: float) -> float:
+        near = (groups == group) & (weights > n / ALIKE) & (weights < n * ALIKE)
+        return float(np.median(each[near])) if near.any() else 0.0
+
+    return of
 
 
 def _weighty(space: FactoredSpace) -> list[Graph]:

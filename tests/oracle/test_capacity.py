@@ -91,6 +91,17 @@ def test_one_chain_in_a_bad_moment_does_not_lift_all_that_follows():
         assert moved.mean() < 0.01, "a tenth of what it was off"
 
 
+def test_what_blocks_take_in_context_is_not_paid_twice():
+    """Beside its neighbours a block has less of the cache to itself than a chain of one has."""
+    rows = {share: [replace(r, latency_ms=share * r.latency_ms) if r.kind == "block" else r for r in TABLE.rows()]
+            for share in (1.02, 10.0)}  # fmt: skip
+    some, all_of_it = (Capacity.of(LatencyTable.from_rows(found, TABLE.provenance), SPACE) for found in rows.values())
+    assert some is not None
+    assert all_of_it is not None
+    assert 0 < some.excess(ARCHS).mean() < CAPACITY.excess(ARCHS).mean()
+    np.testing.assert_allclose(all_of_it.excess(ARCHS), 0, atol=1e-9)
+
+
 def test_a_single_architecture_is_its_own_expectation():
     np.testing.assert_allclose(CAPACITY.expected(one_hot(SPACE, ARCHS)), CAPACITY.excess(ARCHS), atol=1e-12)
 
