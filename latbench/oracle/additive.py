@@ -8,6 +8,7 @@ percent off. Where a space can spell a block in several ways, all cost the same,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,7 +31,8 @@ N_NEAR = 500  # of them
 @dataclass(frozen=True, eq=False)
 class AdditiveOracle(FactorOracle):
     """Options of ``fit``: `near_ms`, where the tangent is taken, by default over all that the space samples; others as
-    ``CalibratedOracle``'s. Its interval is the calibrated oracle's typical one there."""
+    ``CalibratedOracle``'s. Its interval is the calibrated oracle's typical one there, wider by what
+    the tangent is off."""
 
     name: ClassVar[str] = "additive"
 
@@ -51,12 +53,14 @@ class AdditiveOracle(FactorOracle):
             close = np.argsort(np.abs(np.log(latencies / near_ms)))[:N_NEAR]
             archs, latencies, deviations = archs[close], latencies[close], deviations[close]
         factors = (*linear.factors, *_tangent(oracle, archs, latencies - linear.latencies(archs)))
-        calibration = oracle.calibration
-        if calibration is not None:
-            calibration = Conformal(tuple((np.median(deviations) * np.array(calibration.scores)).tolist()))
         constant, merged = spelled(replace(linear, factors=factors), oracle.space, archs)
         factors = (Factor("constant", (), np.array(constant)), *merged)
-        return cls(oracle.space, factors, oracle.provenance, calibration=calibration, missing=oracle.base.missing)
+        found = cls(oracle.space, factors, oracle.provenance, missing=oracle.base.missing)
+        if oracle.calibration is None:
+            return found
+        off = np.log(np.maximum(found.latencies(archs), 1e-3 * latencies) / latencies)
+        spread = math.sqrt(np.median(deviations) ** 2 + np.mean(off**2))
+        return replace(found, calibration=Conformal(tuple(spread * score for score in oracle.calibration.scores)))
 
 
 def _tangent(oracle: CalibratedOracle, archs: NDArray[np.int64], rest: Floats) -> list[Factor]:

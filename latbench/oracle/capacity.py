@@ -51,16 +51,17 @@ class Capacity:
             return None
         ms = frame["latency_ref_ms"].fillna(frame["latency_ms"])
         chains = frame.assign(ms=ms, intensity=(frame["macs"] / frame["n_params"]).round(6)).sort_values("n_params")
-        maps = {round(block.macs / block.n_params, 6): _maps(block) for block in _weighty(space)}
+        links = {round(block.macs / block.n_params, 6): block for block in _weighty(space)}
         alike = _alike(space, table)
         curves: dict[int, _Curve] = {}  # by class: the nearest power of two
         logs: dict[int, float] = {}
         for intensity, part in sorted(chains.groupby("intensity"), key=lambda found: found[1]["n_params"].iloc[0]):
-            if len(part) < 3 or intensity not in maps:
+            if len(part) < 3 or intensity not in links:
                 continue
-            group = round(math.log2(intensity))
-            weights = part["n_params"].to_numpy(np.float64)
-            curve = _Curve.of(weights, maps[intensity], part["ms"].to_numpy(np.float64), alike(group, weights[0]))
+            link, group = links[intensity], round(math.log2(intensity))
+            weights, took = part["n_params"].to_numpy(np.float64), part["ms"].to_numpy(np.float64)
+            alone = weights[0] < 2 * link.n_params  # where a chain of one is among them, it is a block like those
+            curve = _Curve.of(weights, _maps(link), took, alike(group, link.n_params) if alone else 0.0)
             curves[group] = curves[group].then(curve) if group in curves else curve
             logs[group] = math.log(intensity)
         if not curves:
