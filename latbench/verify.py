@@ -99,10 +99,13 @@ def until_met(
     """
     from searchers.results import note, read_result
 
+    def settled(one: Verified) -> bool:
+        return one.met and abs(one.error) <= within
+
     done, asked = [verify(folder, plan=plan, reporter=reporter)], [read_result(folder).problem.constraints]
-    while not all(one.met and abs(one.error) <= within for one in done[-1]) and len(done) < rounds:
+    while not all(map(settled, done[-1])) and len(done) < rounds:
         constraints = tuple(
-            constraint if one.met and abs(one.error) <= within else _corrected(constraint, one.measured / one.predicted)
+            constraint if settled(one) else _corrected(constraint, one.measured / one.predicted)
             for constraint, one in zip(asked[-1], done[-1], strict=True)
         )
         _select_again(folder, constraints)

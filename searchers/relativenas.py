@@ -132,8 +132,8 @@ class RelativeNAS(Training):
         def step(pair: Pair, at: Position) -> dict[str, float]:
             archs = course.population.archs[pair.rows.tolist()]
             excess = violations(problem.constraints, archs)
-            if isinstance(judge, Asked):
-                judge.prepare(course.undecided(problem))
+            if problem.fleet is not None and isinstance(judge, Asked):
+                judge.lookups.prepare(course.undecided(problem))
             losses = judge.losses(_archs(archs), excess, at, int(loop.rng("noise").integers(1 << 63)))
             first = bool(first_wins(losses, excess))
             judge.settle(losses, first)

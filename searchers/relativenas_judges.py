@@ -120,10 +120,6 @@ class Asked:
             return np.full(2, np.inf)
         return np.array([self.loss(arch) for arch in pair])
 
-    def prepare(self, archs: Sequence[Arch]) -> None:
-        """Asks about all at once, where the evaluator can."""
-        self.lookups.prepare(archs)
-
     def loss(self, arch: Arch) -> float:
         """Minus what the evaluator says."""
         return -self.lookups.evaluate(arch)
@@ -133,7 +129,7 @@ class Asked:
 
     def rank(self, archs: Sequence[Arch]) -> list[Ranked]:
         """What it says of each."""
-        self.prepare(archs)
+        self.lookups.prepare(archs)
         losses = [self.loss(arch) for arch in archs]
         self.lookups.flush()
         figures = {"evaluations": self.lookups.spent}
