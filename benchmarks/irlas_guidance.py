@@ -27,7 +27,8 @@ from latbench.oracle.base import Archs, Constraint, Floats
 from latbench.provenance import Provenance
 from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace
-from searchers.irlas import IRLAS, BlockSearch
+from searchers.irlas import IRLAS
+from searchers.irlas_blocks import BlockSearch
 from searchers.mirror import Features, Mirror, train
 
 WIRINGS = {

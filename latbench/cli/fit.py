@@ -47,8 +47,8 @@ HOLD_OUT = Quantity("share or number", parse_hold_out)
 @click.option(
     "--oracle",
     "name",
-    help="lut, pairwise, calibrated, additive, learned, transfer; default: calibrated where the table has blocks and networks, "
-    "learned for networks alone, lut for blocks alone.",
+    help="lut, pairwise, calibrated, additive, learned, transfer; default: calibrated where the table has blocks and "
+    "networks, learned for networks alone, lut for blocks alone.",
 )
 @click.option(
     "--hold-out",

@@ -19,7 +19,8 @@ from latbench.tables import LatencyTable, Row
 from searchers.base import Problem
 from searchers.data import Splits
 from searchers.early_stop import EarlyStop, ShortTraining, Standardised
-from searchers.irlas import IRLAS, BlockSearch
+from searchers.irlas import IRLAS
+from searchers.irlas_blocks import BlockSearch
 from searchers.results import read_result
 from searchers.testing import SearcherConformance, Watch
 
