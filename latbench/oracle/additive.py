@@ -31,8 +31,8 @@ N_NEAR = 500  # of them
 @dataclass(frozen=True, eq=False)
 class AdditiveOracle(FactorOracle):
     """Options of ``fit``: `near_ms`, where the tangent is taken, by default over all that the space samples; others as
-    ``CalibratedOracle``'s. Its interval is the calibrated oracle's typical one there, wider by what
-    the tangent is off."""
+    ``CalibratedOracle``'s. Its interval is the calibrated oracle's typical one there, wider by what the tangent is
+    off."""
 
     name: ClassVar[str] = "additive"
 
