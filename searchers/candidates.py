@@ -9,7 +9,9 @@ many threads as the process that asks). A supernet's training does not split in 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +29,7 @@ from latbench.spaces.base import Arch
 from searchers.base import Evaluator, Problem
 
 POLL_S = 0.2
+SILENT_S = 30.0  # of waiting for a first node, before it is said
 Make = Callable[[Problem], Evaluator]  # a module's function, or a partial of one: nodes import it
 Say = Callable[[str], None]
 
@@ -82,6 +85,7 @@ class CandidateFleet:
         Raises the LatbenchError that an evaluator raised, NodeLostError where no node is left.
         """
         todo, calls = deque(range(len(archs))), dict[Any, tuple[Held, int]]()
+        patience = time.monotonic() + SILENT_S
         while todo or calls:
             busy = [held for held, _ in calls.values()]
             for held in [held for held in self._held if held not in busy]:
@@ -95,6 +99,11 @@ class CandidateFleet:
                         self._drop(held, error)
             if not self._held:
                 raise NodeLostError("no node of the fleet is left to judge candidates; the same command goes on")
+            if not calls and time.monotonic() > patience:
+                self._say(
+                    f"waiting for {', '.join(held.node.name for held in self._held)}: other runs hold the devices"
+                )
+                patience = math.inf
             for call in self._fleet.done(list(calls), POLL_S):
                 held, i = calls.pop(call)
                 try:

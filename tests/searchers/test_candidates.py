@@ -20,6 +20,7 @@ from latbench.measure.fleet import NodeLostError, Place
 from latbench.oracle.base import Constraint
 from latbench.oracle.lut import LutOracle
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from searchers import candidates
 from searchers.base import Problem
 from searchers.candidates import CandidateFleet, CandidateNode, OnFleet
 from searchers.evaluators import Lookups, open_evaluator
@@ -147,6 +148,15 @@ def test_a_lost_node_s_candidate_is_given_to_another(tmp_path):
     answers = fleet.evaluate(make, problem_of(tmp_path), archs)
     with pytest.raises(NodeLostError, match="no node of the fleet is left to judge candidates"):
         list(answers)
+
+
+def test_a_fleet_that_is_held_by_others_is_waited_for_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "SILENT_S", 0.0)
+    node, polls = Prompt("a"), iter([False, False])
+    monkeypatch.setattr(node, "placed", lambda wait_s: next(polls, True))
+    fleet, told = fleet_of(node)
+    assert len(list(fleet.evaluate(partial(open_evaluator, "synflow"), problem_of(tmp_path), sampled(2)))) == 2
+    assert told == ["waiting for a: other runs hold the devices"]
 
 
 def test_what_was_judged_before_all_nodes_were_lost_is_kept(tmp_path):
