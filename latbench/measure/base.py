@@ -22,7 +22,8 @@ class SamplingPlan:
 
     A row is measured in *blocks* of samples: each block loads the model anew, warms it up and samples for `block_s`.
     `rounds` blocks are taken in each of `runs` worker processes, interleaved with the blocks of other rows; more
-    follow while the criterion asks for them and `max_time_s` of timed inference is not spent.
+    follow while the criterion asks for them and `max_time_s` of timed inference is not spent. Networks and chains get a
+    process for each block, on a host's clock `alone_processes` at least, and the quietest of these counts.
     """
 
     criterion: Literal["ci-median", "stdrel", "samples", "duration"] = "ci-median"
@@ -39,7 +40,7 @@ class SamplingPlan:
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`
-    quiet_wait_s: float = 0.25  # how long a network may wait for a moment without pressure on the shared cache; 0: no
+    alone_processes: int = 8  # of a network or a chain, the quietest of which counts; 0: as of blocks, and their median
     sweep_bytes: int = 0  # other memory read between two inferences; 0: the caches stay warm
     load_limit_s: float = 120.0  # limits per stage: past them the worker is killed and the row says where
     warmup_limit_s: float = 60.0
@@ -59,8 +60,8 @@ class SamplingPlan:
             raise UsageError("a maximum is below its minimum")
         if min(self.block_s, self.max_time_s, self.load_limit_s, self.warmup_limit_s, self.measure_limit_s) <= 0:
             raise UsageError("block_s, max_time_s and the limits must be positive")
-        if not 0 <= self.quiet_wait_s <= 60:
-            raise UsageError(f"quiet_wait_s must lie between 0 and 60, got {self.quiet_wait_s}")
+        if not 0 <= self.alone_processes <= 1000:
+            raise UsageError(f"alone_processes must lie between 0 and 1000, got {self.alone_processes}")
         if not 0 <= self.sweep_bytes <= MAX_SWEEP_BYTES:
             raise UsageError(f"sweep_bytes must lie between 0 and {MAX_SWEEP_BYTES}, got {self.sweep_bytes}")
 
@@ -76,7 +77,6 @@ class Request:
     plan: SamplingPlan
     order: int = 0  # position in the session
     fresh: bool = False  # in a worker process that has loaded nothing before
-    quiet_us: float = 0.0  # the cache probe below which a moment counts as quiet; 0: not known yet
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -92,6 +92,7 @@ class Measurement:
     round: int
     order: int = 0
     pid: int = 0  # of the worker process; 0: unknown
+    fresh: bool = False  # that process has loaded nothing else
     status: Literal["ok", "error", "timeout"] = "ok"
     samples_ms: tuple[float, ...] = ()  # per inference, in order, warm-up left out, none deleted
     repeat: int = 1  # inferences per sample
@@ -108,7 +109,7 @@ class Measurement:
     conditions: Mapping[str, float | str] = field(
         default_factory=dict
     )  # of this block: launch, enqueue_ms, sm_clock_mhz
-    warnings: tuple[str, ...] = ()  # throttled, foreign_load, cache_pressure, near_timer_floor, ...
+    warnings: tuple[str, ...] = ()  # throttled, foreign_load, near_timer_floor, ...
     stage: str | None = None  # where it failed: load | warmup | measure
     error: str | None = None
 

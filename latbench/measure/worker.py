@@ -159,7 +159,6 @@ class Sampler:
         self.probed = backend.clock == "host"
         self.probe: Callable[[], float] = probe_us if self.probed else lambda: 0.0
         self.sweep = np.zeros(0, np.float32)
-        self.cache: CacheProbe | None = None  # made when first asked for: 12 MiB
 
     def measure(self, request: Request, say: Say) -> Measurement:
         """One block of samples; errors of the runtime come back as values."""
@@ -170,6 +169,7 @@ class Sampler:
             "round": request.round,
             "order": request.order,
             "pid": os.getpid(),
+            "fresh": request.fresh,
             "clock": self.backend.clock,
         }
         say({"stage": stage})
@@ -179,15 +179,17 @@ class Sampler:
             with self.backend.load(Path(request.artifact)) as runner:
                 about["load_ms"] = 1e3 * (time.perf_counter() - begin)
                 say({"stage": (stage := "warmup")})
-                quiet = plan.quiet_wait_s > 0 and self.probed
-                cache_us = self.await_quiet(request) if quiet else ()
+                alone = request.fresh and plan.alone_processes > 0
+                cache = CacheProbe() if alone and self.probed and not plan.sweep_bytes else None
+                # Not between warm-up and samples: the probe displaces the model, which takes tens of ms to return.
+                cache_us = () if cache is None else (cache.us(),)
                 begin = time.perf_counter()
                 about["first_inference_ms"], single_ms = warm_up(runner, plan)
                 about["warmup_ms"] = 1e3 * (time.perf_counter() - begin)
                 say({"stage": (stage := "measure")})
                 about |= self.block(runner, plan, single_ms)
-                if quiet and self.cache is not None:
-                    about["cache_us"] = (*cache_us, self.cache.us())
+                if cache is not None:
+                    about["cache_us"] = (*cache_us, cache.us())
                 about["peak_memory_bytes"] = peak_memory_bytes()
             return Measurement(**about)
         except LatbenchError as error:
@@ -242,18 +244,6 @@ class Sampler:
             "conditions": {**self.monitor.facts(), **getattr(runner, "conditions", dict)()},
             "warnings": tuple(warnings),
         }
-
-    def await_quiet(self, request: Request) -> tuple[float, ...]:
-        """Waits for a quiet moment of the shared cache, as long as the plan allows; the last cache probe.
-
-        Before the warm-up: the probe displaces the model, and it takes tens of milliseconds of inferences to return.
-        """
-        self.cache = self.cache or CacheProbe()
-        end = time.perf_counter() + request.plan.quiet_wait_s
-        us = self.cache.us()
-        while us > request.quiet_us > 0 and time.perf_counter() < end:
-            us = self.cache.us()
-        return (us,)
 
     def evict(self, nbytes: int) -> None:
         """Read so much other memory, at the speed of the caches."""

@@ -89,12 +89,11 @@ class GraphJob:
     def plan(self, plan: SamplingPlan) -> SamplingPlan:
         """What runs alone is warmed up and sampled for longer, and brings its own weights through the caches."""
         if not self.alone:
-            return replace(plan, quiet_wait_s=0.0)
+            return plan
         sweep_bytes = plan.sweep_bytes if plan.sweep_bytes >= COLD_SWEEP_BYTES else 0
         return replace(
             plan,
             sweep_bytes=sweep_bytes,
-            quiet_wait_s=0.0 if sweep_bytes else plan.quiet_wait_s,
             block_s=max(plan.block_s, ALONE_BLOCK_S),
             warmup_s=max(plan.warmup_s, ALONE_WARMUP_S),
         )
@@ -200,14 +199,18 @@ def _fold(graph: Graph, fold_bn: bool) -> Graph:
     return fold_structure(graph) if fold_bn else graph
 
 
+def n_blocks(job: Job, plan: SamplingPlan) -> int:
+    """How many blocks of samples a job gets where nothing is disturbed."""
+    return max(plan.runs * plan.rounds, plan.alone_processes if job.alone else 0)
+
+
 def estimate_s(job: Job, plan: SamplingPlan) -> float:
     """Seconds that a job will take: for chunks, budgets and dry runs."""
-    plan = job.plan(plan)
+    plan, n = job.plan(plan), n_blocks(job, plan)
     latency_s = job.expected_ms / 1e3
-    n_blocks = plan.runs * plan.rounds
-    sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // n_blocks))
+    sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // n))
     session_s = 0.0012 + 5e-10 * job.nbytes + 0.12 * job.alone  # seen with ONNX Runtime: loading, probes, pipe, process
-    return n_blocks * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
+    return n * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
 
 
 def chunks(jobs: Sequence[Job], plan: SamplingPlan, limit_s: float, limit_bytes: int = 1 << 30) -> list[list[Job]]:

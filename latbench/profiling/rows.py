@@ -10,16 +10,11 @@ from dataclasses import replace
 import numpy as np
 
 from latbench.measure.base import Measurement, SamplingPlan
-from latbench.measure.statistics import CRITERIA, PROCESS_TERM, Estimate, estimate, percentile
+from latbench.measure.statistics import CRITERIA, PROCESS_TERM, Estimate, estimate, percentile, quietest
 from latbench.tables import Row
 
 THROTTLED = 1 / 0.9  # probe time over the session's beyond which a block ran at less than 90 % of the clock
-FLAGS = (
-    "foreign_load",
-    "throttled",
-    "drift",
-    "cache_pressure",
-)  # a block with one of these is left out where others remain
+FLAGS = ("foreign_load", "throttled", "drift")  # a block with one of these is left out where others remain
 
 
 class Progress:
@@ -50,9 +45,22 @@ class Progress:
         ]
 
     @property
+    def by_process(self) -> bool:
+        """Whether the quietest process counts: networks and chains on a host's clock, alone in each process."""
+        return self.plan.alone_processes > 0 and all(b.fresh and b.clock == "host" for b in self.blocks)
+
+    @property
     def used(self) -> list[Measurement]:
-        """The blocks that count: those without a flag, or all where every one has."""
-        return [b for b in self.blocks if not flags(b)] or self.blocks
+        """The blocks that count: those without a flag, or all where every one has; all where the quietest is sought."""
+        return (not self.by_process and [b for b in self.blocks if not flags(b)]) or self.blocks
+
+    def estimates(self) -> tuple[Estimate, Estimate]:
+        """As measured, and at the session's reference clock with the interval of later processes."""
+        raw, reference = [b.samples_ms for b in self.used], [self.at_reference(b) for b in self.used]
+        if not self.by_process:
+            return estimate(raw), estimate(reference, process_term=PROCESS_TERM)
+        lowest, found = quietest(reference, process_term=PROCESS_TERM)
+        return estimate([raw[lowest]]), found
 
     @property
     def time_s(self) -> float:
@@ -72,6 +80,8 @@ class Progress:
 
     def done(self) -> bool:
         """Whether the plan is met: enough unflagged blocks and inference time, and the criterion content."""
+        if self.by_process:
+            return len(self.blocks) >= max(self.plan.alone_processes, self.plan.rounds * self.plan.runs)
         clean = [b for b in self.blocks if not flags(b)]
         if len(clean) < self.plan.rounds * self.plan.runs or self.time_s < self.plan.min_time_s * 0.9:
             return False
@@ -127,9 +137,8 @@ def finish(row: Row, progress: Progress, *, origin: str = "measured") -> Row:
             stop_reason="error",
         )
     blocks, used = progress.blocks, progress.used
-    raw = estimate([b.samples_ms for b in used])
+    raw, ref = progress.estimates()
     probed = progress.clock_ref_us is not None
-    ref = estimate([progress.at_reference(b) for b in used], process_term=PROCESS_TERM)
     simulated = origin == "simulated"
     interval = Estimate(raw.value, raw.value, raw.value) if simulated else ref
     samples = np.concatenate([b.samples_ms for b in used])

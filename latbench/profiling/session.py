@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,15 +15,13 @@ from latbench.errors import MeasurementError
 from latbench.graph.ir import GraphBuilder
 from latbench.graph.ops import Conv2d, ReLU
 from latbench.measure.base import Launcher, Measurement, Request, SamplingPlan
-from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s
+from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s, n_blocks
 from latbench.profiling.rows import Progress
 from latbench.profiling.scratch import scratch
 from latbench.tables import Row
 
 CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
 ALONE_CHUNK_S = 300.0  # of networks and chains: neighbours press on the cache for minutes, all shall see the same of it
-QUIET_SLACK = 0.08  # above the lower quartile of the cache probes a moment no longer counts as quiet
-MIN_CACHE_PROBES = 20
 EXTRA_ROUNDS = 4  # more blocks of samples, in one more process, that a row may get when the plan is not met
 
 
@@ -60,8 +57,6 @@ class Session:
     deadline: float = float("inf")  # time.monotonic()
     progress: dict[str, Progress] = field(default_factory=dict)  # by key of the graph that runs
     canary_ms: list[tuple[int, float]] = field(default_factory=list)  # (order, at the reference clock)
-    cache_us: list[float] = field(default_factory=list)  # every cache probe so far, in order of size
-    probed: set[str] = field(default_factory=set)  # keys that have cache probes
     recent: set[str] = field(default_factory=set)  # keys measured since drift was last judged
     order: int = 0
     judged: int = 0  # drift among the canaries before this order is known
@@ -73,7 +68,6 @@ class Session:
         for measurement in measurements:
             if measurement.run != run:  # as then: drift is judged at the end of each worker process
                 self._flag_drift()
-                self._flag_pressure()
                 run = measurement.run
             self._take(measurement)
             self.order = max(self.order, measurement.order + 1)
@@ -116,7 +110,7 @@ class Session:
                     f"cannot write a model to {folder}: {error.strerror}; make room there, or set TMPDIR to a folder "
                     "that has some"
                 ) from None
-        n_done, n_requests = 0, len(part) * self.plan.runs * self.plan.rounds
+        n_done, n_requests = 0, sum(n_blocks(job, self.plan) for job in part)
         for run in range(self.plan.runs + 1):
             first = self.order
             for measurement in self.launcher.measure(self._requests(part, paths, run)):
@@ -126,7 +120,6 @@ class Session:
                 yield min(1.0, n_done / n_requests)
             if self.order > first:  # a run that an earlier session did has been judged
                 self._flag_drift()
-                self._flag_pressure()
         for job in part:  # no more tries: what there is becomes the row
             self.progress[job.key].closed = True
             self.finished.add(job.key)
@@ -136,8 +129,13 @@ class Session:
         extra = run == self.plan.runs
         jobs = {job.key: job for job in (*part, CANARY)}
         since_canary, first = self.plan.canary_every, self.order
-        for index in range(EXTRA_ROUNDS if extra else self.plan.rounds):
-            keys = [job.key for job in part if not (extra and self.complete(job.key))]
+        more = max(n_blocks(job, self.plan) for job in part) - self.plan.runs * self.plan.rounds
+        for index in range(max(EXTRA_ROUNDS, more) if extra else self.plan.rounds):
+            keys = [
+                job.key
+                for job in part
+                if not extra or ((job.alone or index < EXTRA_ROUNDS) and not self.complete(job.key))
+            ]
             random.Random(f"{self.plan.seed}/{run}/{index}/{self.order}").shuffle(keys)
             for key in keys:
                 progress = self.progress.get(key)
@@ -154,18 +152,12 @@ class Session:
     def _request(self, key: str, paths: Mapping[str, Path], run: int, index: int, jobs: Mapping[str, Job]) -> Request:
         self.order += 1
         job = jobs[key]
-        plan = job.plan(self.plan)
-        quiet_us = self._quiet_us() if plan.quiet_wait_s else 0.0
-        return Request(key, str(paths[key]), run, index, plan, self.order - 1, job.alone, quiet_us)
+        return Request(key, str(paths[key]), run, index, job.plan(self.plan), self.order - 1, job.alone)
 
     def _take(self, measurement: Measurement) -> None:
         progress = self.progress.setdefault(measurement.key, Progress(self.plan, self.clock_ref_us))
         progress.add(measurement)
         self.recent.add(measurement.key)
-        if measurement.cache_us:
-            self.probed.add(measurement.key)
-        for us in measurement.cache_us:
-            insort(self.cache_us, us)
         if measurement.key != CANARY.key:
             self._settle(measurement.key)
         elif measurement.status == "ok":
@@ -197,22 +189,6 @@ class Session:
                 for key in keys:
                     self.progress[key].flag("drift", lambda b, orders=range(start, end + 1): b.order in orders)  # type: ignore[misc]
                     self._settle(key)
-
-    def _quiet_us(self) -> float:
-        """What a cache probe reads in a quiet moment, and a little more; 0 while there are too few to tell."""
-        if len(self.cache_us) < MIN_CACHE_PROBES:
-            return 0.0
-        whole, part = divmod(len(self.cache_us) + 1, 4)  # as statistics.quantiles, of what is in order already
-        below, above = self.cache_us[whole - 1], self.cache_us[whole]
-        return (1 + QUIET_SLACK) * (below + part / 4 * (above - below))
-
-    def _flag_pressure(self) -> None:
-        """Flags the blocks of networks that were not taken in a quiet moment."""
-        if not (quiet_us := self._quiet_us()):
-            return
-        for key in self.probed:
-            self.progress[key].flag("cache_pressure", lambda b: bool(b.cache_us) and max(b.cache_us) > quiet_us)
-            self._settle(key)
 
     def canary_notes(self) -> dict[str, float]:
         """How steady the reference block was."""

@@ -8,7 +8,6 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -34,7 +33,7 @@ class Row:
     arch: tuple[int, ...] | None = None  # of networks: one option index per decision
     macs: int | None = None
     n_params: int | None = None
-    latency_ms: float | None = None  # median over runs, as measured
+    latency_ms: float | None = None  # as measured: median over blocks; of networks, chains: the quietest process
     latency_ref_ms: float | None = None  # at Provenance.clock_ref_us; None where the device has no probe
     ci_low_ms: float | None = None  # interval of latency_ref_ms, else of latency_ms
     ci_high_ms: float | None = None
@@ -171,8 +170,10 @@ def check(data: pa.Table, first: int = 0) -> None:
 
 def check_identities(data: pa.Table) -> None:
     """Raises TableError where two rows have one identity."""
-    repeated = pd.Series(identities(data)).duplicated().to_numpy()
-    if repeated.any():
-        i = int(repeated.argmax())
+    found = identities(data)
+    order = np.argsort(found, kind="stable")
+    repeated = order[1:][np.diff(found[order]) == 0]
+    if len(repeated):
+        i = int(repeated.min())
         key, kind, context = (data[name][i].as_py() for name in IDENTITY)
         raise TableError(f"row {i} ({kind} {key}, {context}): a second row of this key, kind and context")

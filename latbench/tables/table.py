@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -31,6 +30,9 @@ from latbench.tables.rows import (
     to_columns,
     to_rows,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd  # a third of a second that some programs need not pay: pyarrow imports it where a frame is made
 
 _BATCH = 4096  # rows that are brought together at a time
 _NEAR = 10_000  # rows among which the nearest entry is sought: of more, those of the most similar length

@@ -16,7 +16,7 @@ from scipy.stats import binom, norm
 
 from latbench.errors import UsageError
 from latbench.measure.base import Measurement, SamplingPlan
-from latbench.measure.statistics import CRITERIA, PROCESS_TERM, estimate, median_interval, percentile
+from latbench.measure.statistics import CRITERIA, PROCESS_TERM, estimate, median_interval, percentile, quietest
 from latbench.profiling.rows import Progress, finish
 from latbench.profiling.session import EXTRA_ROUNDS
 from latbench.tables import Row
@@ -165,6 +165,25 @@ def test_a_process_term_widens_in_quadrature() -> None:
 
 def test_equal_blocks_have_an_interval_of_one_point() -> None:
     assert estimate([[2.0] * 5] * 4).relative_half_width == 0
+
+
+@pytest.mark.parametrize("n", [2, 4, 8, 20])
+def test_the_quietest_process_of_another_session_lies_within_the_interval(n: int) -> None:
+    rng = np.random.default_rng(n)
+    draws = 1 + 0.05 * rng.exponential(size=(4000, 2, n))  # what neighbours add
+    inside = []
+    for one, other in draws:
+        lowest, found = quietest([[ms] for ms in one])
+        assert found.value == one.min() == one[lowest]
+        inside.append(found.low <= other.min() <= found.high)
+    assert 0.94 < np.mean(inside) < 0.96  # exact for exponential draws
+
+
+def test_the_quietest_of_one_process_is_its_median() -> None:
+    assert quietest([[1.0, 2.0, 4.0]]) == (0, estimate([[1.0, 2.0, 4.0]]))
+    assert quietest([[], [3.0, 3.0], [2.0, 2.0]])[0] == 2
+    with pytest.raises(ValueError, match="no samples"):
+        quietest([[], []])
 
 
 def test_no_samples_are_no_estimate() -> None:

@@ -318,26 +318,53 @@ def test_no_room_for_a_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         one.measure(jobs(1))
 
 
-def test_networks_under_cache_pressure_are_taken_again_and_told_what_is_quiet() -> None:
+def alone(n: int) -> list[GraphJob]:
+    return [replace(job, alone=True) for job in jobs(n)]
+
+
+def pressed(*shares: float) -> Script:
+    """Neighbours that slow every process by a share of its own."""
+
     def script(request: Request, visit: int) -> Measurement:
         one = steady(request, visit)
-        if request.plan.quiet_wait_s == 0:
-            return one
-        pressed = visit == 2
-        samples = tuple((1.2 if pressed else 1.0) * s for s in one.samples_ms)
-        return replace(one, samples_ms=samples, cache_us=(150.0, 190.0 if pressed else 150.0))
+        slowed = tuple((1 + shares[visit % len(shares)]) * s for s in one.samples_ms)
+        return replace(one, samples_ms=slowed, pid=1000 + request.order, fresh=request.fresh)
 
-    networks = [replace(job, alone=True) for job in jobs(12)]
-    block = GraphJob(jobs(13)[-1].graph, jobs(13)[-1].row)
-    one, launcher = session(script)
-    one.measure([*networks, block])
-    for job in networks:
-        row = finish(job.row, one.progress[job.key])
-        assert row.block_flags == ("", "", "cache_pressure", "", "")  # taken once more, and kept
-        assert row.latency_ms == pytest.approx(1.001)
-        assert row.cache_probe_us == 150
-    assert finish(block.row, one.progress[block.key]).cache_probe_us is None
-    asked = [r.quiet_us for r in launcher.requests if r.key != block.key]
-    assert asked[0] == 0  # too few probes to tell
-    assert asked[-1] == pytest.approx(150 * 1.08)
-    assert all(r.quiet_us == 0 for r in launcher.requests if r.key == block.key)
+    return script
+
+
+def test_the_quietest_process_of_a_network_counts() -> None:
+    one, launcher = session(pressed(0.2, 0.05, 0.01, 0.3, 0.0, 0.02, 0.1, 0.04), replace(PLAN, precision=0.9))
+    network, block = alone(1)[0], jobs(2)[1]
+    one.measure([network, block])
+    assert visits(launcher) == {network.key: PLAN.alone_processes, block.key: 4}
+    row = finish(network.row, one.progress[network.key])
+    assert (row.latency_ms, row.latency_ref_ms) == (pytest.approx(1.001), pytest.approx(1.001))
+    assert (row.n_runs, row.n_blocks, row.n_samples) == (8, 8, 80)  # all are kept and told
+    assert row.run_spread == pytest.approx(0.3)
+    assert row.mean_ms == pytest.approx(1.0009 * 1.09)
+    assert row.ci_low_ms is not None and row.ci_high_ms is not None
+    assert 1.001 - row.ci_low_ms == pytest.approx(row.ci_high_ms - 1.001) == pytest.approx(0.0381, rel=0.01)
+    other = finish(block.row, one.progress[block.key])  # what is not alone: the median of its blocks
+    assert other.latency_ms == pytest.approx(1.001 * 1.125)
+
+
+def test_as_many_processes_as_the_plan_says_or_the_median_of_the_runs() -> None:
+    for processes, n, ms in ((12, 12, 1.001), (5, 5, 1.001), (2, 4, 1.001), (0, 4, 1.001 * 1.125)):
+        plan = replace(PLAN, alone_processes=processes, precision=0.9)
+        one, launcher = session(pressed(0.2, 0.05, 0.0, 0.3), plan)
+        (network,) = alone(1)
+        one.measure([network])
+        assert visits(launcher) == {network.key: n}
+        assert finish(network.row, one.progress[network.key]).latency_ms == pytest.approx(ms)
+
+
+def test_a_device_clock_needs_no_quiet_process() -> None:
+    def script(request: Request, visit: int) -> Measurement:
+        return replace(pressed(0.2, 0.05, 0.0, 0.3)(request, visit), clock="cuda_event")
+
+    one, launcher = session(script, replace(PLAN, precision=0.9))
+    (network,) = alone(1)
+    one.measure([network])
+    assert visits(launcher) == {network.key: 4}
+    assert finish(network.row, one.progress[network.key]).latency_ms == pytest.approx(1.001 * 1.125)
