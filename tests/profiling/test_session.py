@@ -343,7 +343,8 @@ def test_the_quietest_process_of_a_network_counts() -> None:
     assert (row.n_runs, row.n_blocks, row.n_samples) == (8, 8, 80)  # all are kept and told
     assert row.run_spread == pytest.approx(0.3)
     assert row.mean_ms == pytest.approx(1.0009 * 1.09)
-    assert row.ci_low_ms is not None and row.ci_high_ms is not None
+    assert row.ci_low_ms is not None
+    assert row.ci_high_ms is not None
     assert 1.001 - row.ci_low_ms == pytest.approx(row.ci_high_ms - 1.001) == pytest.approx(0.0381, rel=0.01)
     other = finish(block.row, one.progress[block.key])  # what is not alone: the median of its blocks
     assert other.latency_ms == pytest.approx(1.001 * 1.125)
