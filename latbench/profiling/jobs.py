@@ -213,8 +213,8 @@ def estimate_s(job: Job, plan: SamplingPlan) -> float:
     return n * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
 
 
-def chunks(jobs: Sequence[Job], plan: SamplingPlan, limit_s: float, limit_bytes: int = 1 << 30) -> list[list[Job]]:
-    """Jobs in parts of about `limit_s` of measuring, each with the stubs that its blocks need."""
+def chunks(jobs: Sequence[Job], plan: SamplingPlan, limit_s: float, limit_bytes: int) -> list[list[Job]]:
+    """Jobs in parts of about `limit_s` of measuring and `limit_bytes` of models, each with the stubs that it needs."""
     by_stub = {job.row.key: job for job in jobs if job.row.kind == "stub"}
     done: set[str] = set()
     parts: list[list[Job]] = []

@@ -20,18 +20,27 @@ from latbench.errors import MeasurementError
 from latbench.files import locked, unowned
 
 PREFIX = "latbench-run-"
-MEMORY_BYTES = 4 << 30  # free in /dev/shm from which it is used; a chunk of models takes 1 GiB at most
+MEMORY_SHARE = 0.25  # of what is free in /dev/shm that a folder may take; larger ones go to the disk
+DISK_SHARE = 0.25  # likewise of the disk
 HEIR = 'trap "" INT TERM HUP; read -r _; exec rm -rf -- "$0"'  # reads until the pipe's other end is gone
 
 
+def room_bytes() -> int:
+    """What a folder may take on the disk."""
+    try:
+        return int(DISK_SHARE * shutil.disk_usage(tempfile.gettempdir()).free)
+    except OSError:  # `scratch` says so
+        return 0
+
+
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A temporary folder, locked while it is used; those that dead runs left behind are removed first.
+def scratch(nbytes: int = 1 << 30) -> Iterator[Path]:
+    """A temporary folder for so much, locked while it is used; those that dead runs left are removed first.
 
     Raises MeasurementError where none can be made.
     """
     try:
-        root = _root()
+        root = _root(nbytes)
         _sweep(root)
         folder, lock = _claim(root)
     except OSError as error:
@@ -71,12 +80,12 @@ def _heir(folder: Path) -> Iterator[None]:
         shell.wait()
 
 
-def _root() -> Path:
+def _root(nbytes: int) -> Path:
     """TMPDIR where it is set; else memory where there is plenty: thousands of small files cost a disk seconds."""
-    memory = Path("/dev/shm")
-    if "TMPDIR" not in os.environ and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > MEMORY_BYTES:
-        return memory
-    return Path(tempfile.gettempdir())
+    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
+    if "TMPDIR" in os.environ or not os.access(memory, os.W_OK):
+        return disk
+    return memory if nbytes < MEMORY_SHARE * shutil.disk_usage(memory).free else disk
 
 
 def _claim(root: Path) -> tuple[Path, int]:

@@ -17,11 +17,12 @@ from latbench.graph.ops import Conv2d, ReLU
 from latbench.measure.base import Launcher, Measurement, Request, SamplingPlan
 from latbench.profiling.jobs import Artifact, GraphJob, Job, chunks, estimate_s, n_blocks
 from latbench.profiling.rows import Progress
-from latbench.profiling.scratch import scratch
+from latbench.profiling.scratch import room_bytes, scratch
 from latbench.tables import Row
 
 CHUNK_S = 30.0  # work that is interleaved, and lost to a budget that ends within it
-ALONE_CHUNK_S = 300.0  # of networks and chains: neighbours press on the cache for minutes, all shall see the same of it
+ALONE_CHUNK_S = 3600.0  # of networks and chains: neighbours press on the cache for minutes, all shall see the same
+CHUNK_BYTES = 1 << 30  # of models
 EXTRA_ROUNDS = 4  # more blocks of samples, in one more process, that a row may get when the plan is not met
 
 
@@ -80,16 +81,16 @@ class Session:
         total_s = sum(estimate_s(job, self.plan) for job in distinct)
         done_s = before_s = total_s - sum(estimate_s(job, self.plan) for job in todo)
         begin, pace = time.monotonic(), 1.3  # seconds of wall time per estimated second
-        share_s = (self.deadline - begin) / 8
+        share_s, alone_bytes = (self.deadline - begin) / 8, max(CHUNK_BYTES, room_bytes())
         parts = [
-            *chunks([job for job in todo if not job.alone], self.plan, min(CHUNK_S, share_s)),
-            *chunks([job for job in todo if job.alone], self.plan, min(ALONE_CHUNK_S, share_s)),
+            *chunks([job for job in todo if not job.alone], self.plan, min(CHUNK_S, share_s), CHUNK_BYTES),
+            *chunks([job for job in todo if job.alone], self.plan, min(ALONE_CHUNK_S, share_s), alone_bytes),
         ]
         for part in parts:
             part_s = sum(estimate_s(job, self.plan) for job in part)
             if time.monotonic() + pace * part_s > self.deadline:
                 return False
-            with scratch() as folder:
+            with scratch(max(CHUNK_BYTES, sum(job.nbytes for job in part))) as folder:
                 for share in self._measure_part(part, folder):
                     if self.reporter is not None:
                         self.reporter.advance(done_s + share * part_s, total_s, len(self.finished), len(distinct))

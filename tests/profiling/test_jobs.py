@@ -89,8 +89,8 @@ def test_chunks_hold_every_job_once_with_its_stubs_not_later() -> None:
         for part in parts:
             assert sum(estimate_s(job, PLAN) for job in part[:-1]) <= max(limit_s, 0.0)
     assert len(chunks(jobs, PLAN, 1e9, 1 << 40)) == 1
-    assert len(chunks(jobs, PLAN, 1e-9)) == len(jobs)
-    assert chunks([], PLAN, 1.0) == []
+    assert len(chunks(jobs, PLAN, 1e-9, 1 << 40)) == len(jobs)
+    assert chunks([], PLAN, 1.0, 1 << 40) == []
 
 
 def test_estimates_grow_with_the_model_and_the_plan() -> None:
