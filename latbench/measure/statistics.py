@@ -27,7 +27,7 @@ _MEDIAN_FACTOR = (1.0, 1.0, 1.0, 1.090, 1.066, 1.158, 1.114, 1.188, 1.143, 1.203
 # What a new process or a new hour adds and no block of this session can show; MEASUREMENT.md: with it intervals cover
 # 91-93 % of later passes, without it 78-86 %.
 PROCESS_TERM = 0.003
-N_SPACINGS = 4  # between the lowest of several processes, that tell how far the lowest may be off
+N_SPACINGS = 4  # between the lowest of several processes, that tell how far they may be off
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,29 @@ def estimate(blocks: Sequence[Sequence[float]], confidence: float = 0.95, proces
 
 def quietest(
     processes: Sequence[Sequence[float]], confidence: float = 0.95, process_term: float = 0.0
-) -> tuple[int, Estimate]:
-    """Which process has the lowest median, and that median with the interval where another session's lowest falls.
+) -> tuple[list[int], Estimate]:
+    """The third of the processes with the lowest medians; their mean, with the interval where another session's falls.
 
-    For what is measured alone in each of n processes: neighbours and a bad placement of its memory only ever add time,
-    so medians spread upwards from the undisturbed latency. Near it they lie about as exponential draws do: spacings,
-    each times how many medians lie above, are independent draws of one scale (Renyi 1953), and two lowest of n differ
-    by a Laplace variable of scale / n. One process: ``estimate`` of its samples. Raises ValueError without samples.
+    For what is measured alone in each of n processes: neighbours and a bad placement of its memory add time, by up to
+    20 % and for as long as the process lives, so medians spread upwards from the undisturbed latency. Near it they lie
+    about as exponential draws do: spacings, each times how many medians lie above, are independent draws of one scale
+    (Renyi 1953). Fewer than three processes: the lowest. Raises ValueError without samples.
     """
     medians = np.array([float(np.median(p)) if len(p) else math.inf for p in processes])
-    if not np.isfinite(medians).any():
+    order = np.argsort(medians, kind="stable")[: int(np.isfinite(medians).sum())]
+    if not len(order):
         raise ValueError("no samples")
-    lowest = int(medians.argmin())
-    x = np.sort(medians[np.isfinite(medians)])
-    if len(x) == 1:
-        return lowest, estimate([processes[lowest]], confidence, process_term)
-    spacings = np.diff(x[: 1 + N_SPACINGS])
-    n, k = len(x), len(spacings)
-    scale = float(((n - 1 - np.arange(k)) * spacings).mean())
-    quantile = k * ((1 - confidence) ** (-1 / k) - 1)  # of the Laplace variable, its scale known from k draws
-    half = math.hypot(quantile * scale / n, 1.96 * process_term * float(x[0]))
-    return lowest, Estimate(float(x[0]), float(x[0]) - half, float(x[0]) + half)
+    n, k = len(order), max(1, round(len(order) / 3))
+    chosen, x = order[:k].tolist(), medians[order]
+    if n == 1:
+        return chosen, estimate([processes[chosen[0]]], confidence, process_term)
+    value, spacings = float(x[:k].mean()), np.diff(x[: 1 + N_SPACINGS])
+    m = len(spacings)
+    scale = float(((n - 1 - np.arange(m)) * spacings).mean())
+    spread = math.sqrt(sum(((k - i) / k / (n - i)) ** 2 for i in range(k))) * scale  # of `value`
+    quantile = m * ((1 - confidence) ** (-1 / m) - 1)  # of two lowest's difference, a Laplace variable, by m spacings
+    half = math.hypot(quantile * spread, 1.96 * process_term * value)
+    return chosen, Estimate(value, value - half, value + half)
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

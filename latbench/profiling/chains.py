@@ -24,23 +24,24 @@ FITS_BYTES = 1 << 20  # networks of fewer weights are taken to fit every cache: 
 # Totals of weights around what a core keeps to itself, the ratio between them, what a block of theirs weighs, best:
 OWN_FIRST, OWN_LAST, OWN_GROWTH, OWN_BLOCK_BYTES = 384 << 10, 4 << 20, 1.5, 384 << 10  # smaller ones stream worse
 # ... around what the last-level cache keeps: two that fit, then on to the largest network.
-SHARED_FIT, SHARED_FIRST, SHARED_GROWTH, SHARED_BLOCK_BYTES = (4 << 20, 8 << 20), 10 << 20, 1.25, 1 << 20
+SHARED_FIT, SHARED_FIRST, SHARED_GROWTH = (4 << 20, 8 << 20), 10 << 20, 1.25
+SHARED_BLOCK_BYTES = (1 << 20, 10 << 18)  # of a class's blocks the mean by weights, within these: larger stream better
 MIN_SHARE = 0.05  # of a space's weights, below which a class of blocks is left out
 SAMPLED = 101  # architectures
 
 
 def chains(space: FactoredSpace) -> Iterator[tuple[Graph, int]]:
     """(block, how many of it) of every chain worth measuring; nothing where the space's networks are small."""
-    largest, held = _weights(space)
+    largest, held, typical = _weights(space)
     if largest <= FITS_BYTES:
         return
-    plans = [(OWN_BLOCK_BYTES, _totals(OWN_FIRST, min(OWN_LAST, largest), OWN_GROWTH))]
-    if largest > SHARED_FIRST:
-        plans.append((SHARED_BLOCK_BYTES, [*SHARED_FIT, *_totals(SHARED_FIRST, largest, SHARED_GROWTH)]))
+    own = _totals(OWN_FIRST, min(OWN_LAST, largest), OWN_GROWTH)
+    shared = [*SHARED_FIT, *_totals(SHARED_FIRST, largest, SHARED_GROWTH)] if largest > SHARED_FIRST else []
+    low, high = SHARED_BLOCK_BYTES
     whole = sum(held.values())
     for intensity in sorted(intensity for intensity, share in held.items() if share >= MIN_SHARE * whole):
         found: dict[tuple[str, int], tuple[Graph, int]] = {}
-        for nbytes, totals in plans:
+        for nbytes, totals in ((OWN_BLOCK_BYTES, own), (min(max(low, typical[intensity]), high), shared)):
             if (block := _typical(space, intensity, nbytes)) is not None:
                 numbers = [max(1, round(total / _nbytes(block))) for total in totals]
                 found |= {(block.key, n): (block, n) for n in numbers}
@@ -65,16 +66,18 @@ def _totals(first: int, last: int, growth: float) -> list[float]:
     return [float(total) for total in np.geomspace(first, last, n)]
 
 
-def _weights(space: FactoredSpace) -> tuple[int, dict[int, int]]:
-    """Bytes of weights of the largest sampled network, and of all of them by class of their blocks."""
+def _weights(space: FactoredSpace) -> tuple[int, dict[int, int], dict[int, int]]:
+    """Bytes of weights: of the largest sampled network; by class of block, of all of them; of the block that the mean
+    weight of a class is in."""
     rng = np.random.default_rng(0)
-    largest, held = 0, dict[int, int]()
+    largest, held, squares = 0, dict[int, int](), dict[int, int]()
     for _ in range(SAMPLED):
         blocks = [block for block in space.blocks(space.sample(rng)) if block.n_params]
         largest = max(largest, sum(map(_nbytes, blocks)))
         for block in blocks:
             held[_class(block)] = held.get(_class(block), 0) + _nbytes(block)
-    return largest, held
+            squares[_class(block)] = squares.get(_class(block), 0) + _nbytes(block) ** 2
+    return largest, held, {intensity: squares[intensity] // nbytes for intensity, nbytes in held.items()}
 
 
 def _class(block: Graph) -> int:

@@ -46,12 +46,12 @@ class Progress:
 
     @property
     def by_process(self) -> bool:
-        """Whether the quietest process counts: networks and chains on a host's clock, alone in each process."""
+        """Whether the quietest processes count: networks and chains on a host's clock, alone in each process."""
         return self.plan.alone_processes > 0 and all(b.fresh and b.clock == "host" for b in self.blocks)
 
     @property
     def used(self) -> list[Measurement]:
-        """The blocks that count: those without a flag, or all where every one has; all where the quietest is sought."""
+        """The blocks that count: those without a flag, or all: where every one has, or the quietest are sought."""
         return (not self.by_process and [b for b in self.blocks if not flags(b)]) or self.blocks
 
     def estimates(self) -> tuple[Estimate, Estimate]:
@@ -59,8 +59,9 @@ class Progress:
         raw, reference = [b.samples_ms for b in self.used], [self.at_reference(b) for b in self.used]
         if not self.by_process:
             return estimate(raw), estimate(reference, process_term=PROCESS_TERM)
-        lowest, found = quietest(reference, process_term=PROCESS_TERM)
-        return estimate([raw[lowest]]), found
+        chosen, found = quietest(reference, process_term=PROCESS_TERM)
+        ms = float(np.mean([np.median(raw[i]) for i in chosen]))
+        return Estimate(ms, ms, ms), found
 
     @property
     def time_s(self) -> float:
