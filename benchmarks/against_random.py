@@ -7,8 +7,9 @@
 
 M is a fitted model or a table; the limit is a quantile of what it predicts for random architectures. Per seed the
 searcher and its rival run on the same images. The rival of relativenas and irlas is random search with the same
-evaluator and as many distinct networks ("judged": what that says of a find); both finds are then trained from scratch
-by one recipe and tested on the test split. The rival of instanas are `--evaluations` random single networks of the
+evaluator and as many distinct networks ("judged": what that says of a find); where irlas judges by training, `epochs`
+each, the rival gets as many more as irlas' finalists train epochs. Both finds are then trained from scratch by one
+recipe and tested on the test split. The rival of instanas are `--evaluations` random single networks of the
 meta-graph that instanas trained, at most as slow as the mean of its images: the best on the held-out images with
 inherited weights, batch norms calibrated, is fine-tuned as long as instanas is. Test accuracies there are those of the
 meta-graph under these policies.
@@ -99,6 +100,8 @@ def searched(problem: Problem, name: str, given: argparse.Namespace) -> Figures:
         return result, told | {"accuracy": notes["test"]["accuracy"]}
     judged = open_evaluator(str(settings["evaluator"]), problem).evaluate(result.arch)  # on one scale for both
     evaluations = notes["evaluated"] if name == "irlas" else notes["evaluations"]
+    if name == "irlas" and settings["evaluator"] == "train":  # its finalists' epochs count as the rival's trainings
+        evaluations += round(len(notes["finalists"]) * settings["final_epochs"] / settings["epochs"])
     return result, {"evaluations": evaluations, "judged": judged, "accuracy": trained(problem, result.arch, given)}
 
 
@@ -107,7 +110,8 @@ def rival(problem: Problem, found: SearchResult, row: Mapping[str, Any], given: 
     if found.searcher == "instanas":
         return single_networks(problem, found, given)
     settings = {**PRESETS[found.searcher], **dict(assignment(text) for text in given.settings)}
-    random = RandomSearch(row["evaluations"], str(settings["evaluator"]), epochs=1, batch_size=given.batch_size)
+    evaluations, epochs = row["evaluations"], int(settings.get("epochs", 1))
+    random = RandomSearch(evaluations, str(settings["evaluator"]), epochs=epochs, batch_size=given.batch_size)
     result = random.search(problem)
     figures = {"evaluations": result.notes["evaluations"], "judged": result.score}
     return result, figures | {"accuracy": trained(problem, result.arch, given)}

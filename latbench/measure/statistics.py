@@ -68,18 +68,18 @@ def estimate(blocks: Sequence[Sequence[float]], confidence: float = 0.95, proces
 def quietest(
     processes: Sequence[Sequence[float]], confidence: float = 0.95, process_term: float = 0.0
 ) -> tuple[list[int], Estimate]:
-    """The third of the processes with the lowest medians; their mean, with the interval where another session's falls.
+    """The processes of the lowest medians, a quarter; their mean, with the interval where another session's falls.
 
     For what is measured alone in each of n processes: neighbours and a bad placement of its memory add time, by up to
     20 % and for as long as the process lives, so medians spread upwards from the undisturbed latency. Near it they lie
     about as exponential draws do: spacings, each times how many medians lie above, are independent draws of one scale
-    (Renyi 1953). Fewer than three processes: the lowest. Raises ValueError without samples.
+    (Renyi 1953). Fewer than six processes: the lowest. Raises ValueError without samples.
     """
     medians = np.array([float(np.median(p)) if len(p) else math.inf for p in processes])
     order = np.argsort(medians, kind="stable")[: int(np.isfinite(medians).sum())]
     if not len(order):
         raise ValueError("no samples")
-    n, k = len(order), max(1, round(len(order) / 3))
+    n, k = len(order), max(1, round(len(order) / 4))
     chosen, x = order[:k].tolist(), medians[order]
     if n == 1:
         return chosen, estimate([processes[chosen[0]]], confidence, process_term)

@@ -24,8 +24,9 @@ Artifact = Literal["onnx", "graph"]
 
 # A network alone in its process is what a user runs. In a worker that has loaded other models its memory lies in
 # scattered pages, and the caches serve it worse: 2.50 ms +- 1 % in 12 fresh processes, 2.5 to 3.0 ms in a used one.
-ALONE_BLOCK_S = 0.05
-ALONE_WARMUP_S = 0.1  # its weights (16 MB for mobilenet_v1) settle in the last-level cache within 25 ms, at times 100
+ALONE_BLOCK_S = 0.04
+ALONE_WARMUP_S = 0.05  # its weights (16 MB for mobilenet_v1) settle in the last-level cache within 25 ms; where they
+# take longer, another process of the row counts
 
 
 class Job(Protocol):
