@@ -109,7 +109,6 @@ def released_fit(samples: Path, model: Path) -> None:
 def our_fit(samples: Path, model: Path) -> None:
     """Reads, builds, solves, calibrates the interval, writes."""
     import scipy.linalg
-    import scipy.optimize
     import scipy.sparse  # noqa: F401
 
     from latbench.oracle.pairwise import fit_blocks
