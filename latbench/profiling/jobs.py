@@ -209,7 +209,7 @@ def estimate_s(job: Job, plan: SamplingPlan) -> float:
     """Seconds that a job will take: for chunks, budgets and dry runs."""
     plan, n = job.plan(plan), n_blocks(job, plan)
     latency_s = job.expected_ms / 1e3
-    sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // n))
+    sampling_s = max(plan.block_s, latency_s * -(-plan.min_samples // (plan.runs * plan.rounds)))
     session_s = 0.0012 + 5e-10 * job.nbytes + 0.12 * job.alone  # seen with ONNX Runtime: loading, probes, pipe, process
     return n * (session_s + max(plan.warmup_s, 3 * latency_s) + min(sampling_s, plan.max_time_s))
 

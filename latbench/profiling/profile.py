@@ -45,6 +45,10 @@ class Target:
     python: str | None = None  # the worker's interpreter; None: ours
     clock_mhz: int | None = None  # at which the GPU's clock is held; None: it floats
 
+    def __post_init__(self) -> None:
+        if plugins.load("latbench.backends", self.backend).clock != "host":  # no neighbours press on a device's own
+            object.__setattr__(self, "plan", replace(self.plan, alone_processes=0))
+
     @property
     def backend_class(self) -> type[Backend]:
         """Raises BackendUnavailableError where it cannot run here, UsageError where there is none of that name."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from latbench.errors import MeasurementError
-from latbench.profiling.scratch import PREFIX, scratch
+from latbench.profiling.scratch import PREFIX, room_bytes, scratch
 
 HOLDER = """
 import sys, time
@@ -143,3 +143,10 @@ def test_no_folder_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/proc")
     with pytest.raises(MeasurementError, match=r"cannot make a temporary folder: .*set TMPDIR"), scratch():
         pass
+
+
+def test_what_memory_has_no_room_for_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TMPDIR")
+    with scratch(1 << 60) as folder:
+        assert folder.parent == tmp_path
+    assert 0 < room_bytes() < 1 << 60

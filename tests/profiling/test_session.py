@@ -13,6 +13,7 @@ from latbench.errors import MeasurementError
 from latbench.measure.base import Measurement, Request, SamplingPlan
 from latbench.profiling import session as session_module
 from latbench.profiling.jobs import GraphJob
+from latbench.profiling.profile import Target
 from latbench.profiling.rows import finish
 from latbench.profiling.session import CANARY, EXTRA_ROUNDS, Session
 
@@ -363,12 +364,6 @@ def test_as_many_processes_as_the_plan_says_or_the_median_of_the_runs() -> None:
         assert finish(network.row, one.progress[network.key]).latency_ms == pytest.approx(ms)
 
 
-def test_a_device_clock_needs_no_quiet_process() -> None:
-    def script(request: Request, visit: int) -> Measurement:
-        return replace(pressed(0.2, 0.05, 0.0, 0.3)(request, visit), clock="cuda_event")
-
-    one, launcher = session(script, replace(PLAN, precision=0.9))
-    (network,) = alone(1)
-    one.measure([network])
-    assert visits(launcher) == {network.key: 4}
-    assert finish(network.row, one.progress[network.key]).latency_ms == pytest.approx(1.001 * 1.125)
+@pytest.mark.parametrize(("backend", "processes"), [("onnxruntime", 12), ("roofline", 0), ("tensorrt", 0)])
+def test_a_devices_own_clock_needs_no_quiet_process(backend: str, processes: int) -> None:
+    assert Target("x", "X", backend, {}, PLAN).plan == replace(PLAN, alone_processes=processes)
