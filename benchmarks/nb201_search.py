@@ -19,6 +19,7 @@ ImageNet16-120's too):
 * irlas: ``qlearning.Learner`` over the six edges, one step each, with the latency filter and without topology guidance,
   for which this space has no expert; the exploration rate follows the share of look-ups spent. irlas+hopeful: a value
   is the best reward that ever followed, which is Q-learning in a world without chance (Lauer, Riedmiller, ICML 2000).
+  irlas+foresight: hopeful, and of 64 times as many trajectories the most promising are followed (``foresight``).
 
 The answer is the best network looked up. Regret: the best accuracy of any network that keeps the limit in truth, minus
 the answer's, in points; it can be negative where an answer breaks the limit.
@@ -49,6 +50,7 @@ from latbench.tables import LatencyTable
 from searchers.accuracy_table import AccuracyTable
 from searchers.base import TOLERANCE, Problem
 from searchers.evaluators import BudgetSpentError, Lookups
+from searchers.foresight import promising
 from searchers.qlearning import SCHEDULE, Learner, Process, Rates, Trajectory, epsilons
 from searchers.random_search import draw
 from searchers.slow_fast import explore, violations
@@ -174,11 +176,15 @@ class QLearning:
     replays: int = 256
     schedule: str = SCHEDULE
     hopeful: bool = False
+    foresight: int = 1
     iterations: int = 2000  # where the look-ups are not spent before
 
     def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
         hopeful, numbers = self.hopeful, (self.samples, self.replays)
-        rates = Rates(self.alpha, 1.0, 0.0 if hopeful else 0.5, *numbers, shape_reward=not hopeful, hopeful=hopeful)
+        initial = 0.0 if hopeful else 0.5
+        rates = Rates(
+            self.alpha, 1.0, initial, *numbers, shape_reward=not hopeful, hopeful=hopeful, foresight=self.foresight
+        )
         learner = Learner(Process.of(lookups.space), rates, seed=seed)
         exploration = epsilons(self.schedule, LOOKUPS + 1)
 
@@ -186,8 +192,23 @@ class QLearning:
             kept = violations((constraint,), np.array(new, np.int64)) <= TOLERANCE
             return [lookups.evaluate(arch) if keeps else 0.0 for arch, keeps in zip(new, kept, strict=True)]
 
+        def choose(drawn: Sequence[Trajectory]) -> list[Trajectory]:
+            known = {arch: reward for arch, reward in learner.rewards.items() if reward > 0}
+            asked = {lookups.space.canonical(arch) for arch in known}
+            kept = violations((constraint,), np.array(drawn, np.int64)) <= TOLERANCE
+            spelled = {lookups.space.canonical(arch): arch for arch, keeps in zip(drawn, kept, strict=True) if keeps}
+            new = [arch for network, arch in spelled.items() if network not in asked]
+            shown, candidates = (np.array(list(archs), np.int64).reshape(-1, 6) for archs in (known, new))
+            order = promising(shown, -np.array(list(known.values())), candidates)
+            return [new[i] for i in order[: self.samples]] or list(drawn[: self.samples])
+
         for i in range(self.iterations):
-            learner.iterate(i, exploration[lookups.spent], rewards)
+            learner.iterate(i, exploration[lookups.spent], rewards, choose)
+
+
+def renewed(size: int) -> SlowFast:
+    """One row of populations, which know of each other."""
+    return SlowFast(size, renewal=True, generations=2500, populations=1)
 
 
 FALLING = "0.5:1,0.45:1,0.4:1,0.35:1,0.3:1,0.25:1,0.2:1,0.15:1,0.1:1"
@@ -195,19 +216,25 @@ PAPER = QLearning(alpha=0.01, samples=64, replays=64)
 SEARCHES: dict[str, Search] = {
     "random": random_search,
     "relativenas": SlowFast(12),
-    "relativenas+renewal": SlowFast(6, renewal=True),
+    "relativenas+renewal": renewed(4),
     "irlas": PAPER,
     "irlas+hopeful": QLearning(replays=0, schedule=FALLING, hopeful=True),
+    "irlas+foresight": QLearning(replays=0, schedule="0.5:1", hopeful=True, foresight=64),
 }
 CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ratio to random search over the limits
     "random": random_search,
     **{f"relativenas {n}": SlowFast(n) for n in (6, 8, 10, 12, 14, 20, 30)},
-    **{f"relativenas+renewal {n}": SlowFast(n, renewal=True) for n in (4, 6, 8, 12)},
+    **{f"relativenas+renewal {n}": renewed(n) for n in (4, 6, 8, 12)},
     "irlas, the paper's": PAPER,
     **{f"irlas alpha {a} replays {n}": QLearning(a, replays=n) for a in (0.05, 0.1, 0.3) for n in (64, 256)},
     **{
         f"irlas+hopeful {name}": QLearning(replays=0, schedule=text, hopeful=True)
         for name, text in {"0.5 to 0.1": FALLING, "BlockQNN": SCHEDULE, "0.2": "0.2:1", "0.3": "0.3:1"}.items()
+    },
+    **{
+        f"irlas+foresight {n}, {name}": QLearning(replays=0, schedule=text, hopeful=True, foresight=n)
+        for n in (16, 64)
+        for name, text in {"0.5 to 0.1": FALLING, "0.5": "0.5:1", "0.3": "0.3:1"}.items()
     },
 }
 

@@ -18,7 +18,8 @@ The search code was never published. Differs from what is known of it:
 * Where even small blocks break a budget the search ends before it begins. No exact fastest network exists in a space
   that does not factor: all blocks of one and two layers are asked, then `scouts` sampled ones.
 * The chosen blocks are trained without cutout, which our data have not.
-* [E] `hopeful` values (``qlearning``) serve searches of hundreds of blocks; the default is the papers' mean.
+* [E] `hopeful` values and `foresight` (``qlearning``) serve searches of hundreds of blocks; the defaults are the
+  papers' mean, and every block that is drawn.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class IRLAS:
     initial: float = 0.5
     shape_reward: bool = True
     hopeful: bool = False  # [E] values are the best that ever followed; for searches of hundreds of blocks (qlearning)
+    foresight: int = 1  # [E] blocks drawn for each that is asked for: the most promising of those within the budgets
     evaluator: str = "train"  # or synflow, naswot, table:FILE
     proxy: Literal["cifar", "space"] = "cifar"  # the stack that blocks are judged in: BlockQNN's, or the deployed one
     proxy_resolution: int = 32  # of "cifar"
@@ -118,7 +120,7 @@ class IRLAS:
     def rates(self) -> Rates:
         """Of the Q-learning."""
         values = self.alpha, self.discount, self.initial
-        return Rates(*values, self.samples, self.replays, self.shape_reward, self.hopeful)
+        return Rates(*values, self.samples, self.replays, self.shape_reward, self.hopeful, self.foresight)
 
     @property
     def training(self) -> ShortTraining:

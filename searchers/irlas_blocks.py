@@ -20,6 +20,7 @@ from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace
 from searchers import mirror, train
 from searchers.base import TOLERANCE, Reporter, Scalar
+from searchers.foresight import promising
 from searchers.qlearning import Floats, Learner, Process, Rates, Trajectory
 from searchers.results import check_settings, write_bytes
 
@@ -110,7 +111,7 @@ class BlockSearch:
                 done = i * self.options.samples + self.n_evaluated - judged
                 reporter.advance(done, total, f"accuracy {accuracy:.4g}")
 
-        sampled = self.learner.iterate(i, epsilon, lambda new: self._rewards(new, told))
+        sampled = self.learner.iterate(i, epsilon, lambda new: self._rewards(new, told), self._promising)
         new, evaluated = len(self.learner.rewards) - known, self.n_evaluated - judged
         row: dict[str, Scalar] = {
             "epoch": i,
@@ -148,6 +149,22 @@ class BlockSearch:
             if told is not None:
                 told(accuracy)
         return rewards
+
+    def _promising(self, drawn: Sequence[Trajectory]) -> list[Trajectory]:
+        """As many as an iteration samples: of new blocks within the budgets the most promising by score, else any."""
+        known = list(self.accuracies)
+        new = [block for block in dict.fromkeys(drawn) if block not in self.learner.rewards]
+        archs = [self.arch(block) for block in new]
+        if new and self.constraints and self.options.latency_mode != "none":
+            kept = (bounds_of(self.constraints, archs) <= self.targets * (1 + TOLERANCE)).all(axis=1)
+            new = [new[i] for i in np.flatnonzero(kept)]
+        asked, candidates = (
+            np.array([self.arch(block) for block in blocks], np.int64).reshape(-1, len(self.space.decisions))
+            for blocks in (known, new)
+        )
+        order = promising(asked, -np.array([self.score(block) for block in known]), candidates)
+        n = self.options.rates.samples
+        return [new[i] for i in order[:n]] or list(drawn[:n])
 
     def arch(self, block: Trajectory) -> Arch:
         """A trajectory as the space spells it."""

@@ -16,7 +16,8 @@ to twice as much; `shape_reward` false pays the last step only.
 Extension [E]: `hopeful`. A mean over what was replayed needs thousands of trajectories: at 300 look-ups on
 NAS-Bench-201 the papers' rates do no better than chance (``benchmarks/nb201_search.py``). Choices are certain here, so
 a value may as well be the best that ever followed it (Lauer, Riedmiller: An Algorithm for Distributed Reinforcement
-Learning in Cooperative Multi-Agent Systems, ICML 2000), learned at once from every new trajectory.
+Learning in Cooperative Multi-Agent Systems, ICML 2000), learned at once from every new trajectory. And `foresight`: of
+many trajectories that the values draw, those are followed that the rewards so far promise most of (``foresight``).
 """
 
 from __future__ import annotations
@@ -74,11 +75,15 @@ class Rates:
     replays: int = 64  # updates per iteration, drawn from all trajectories so far
     shape_reward: bool = True
     hopeful: bool = False  # values are the best returns, not means; `initial` is best set below all rewards
+    foresight: int = 1  # trajectories drawn for each that is followed, where somebody chooses
 
     def __post_init__(self) -> None:
-        if not (0 < self.alpha <= 1 and 0 <= self.discount <= 1 and self.samples >= 1 and self.replays >= 0):
+        if not (
+            0 < self.alpha <= 1 and 0 <= self.discount <= 1 and min(self.samples, self.foresight, self.replays + 1) >= 1
+        ):
             raise UsageError(
-                "q-learning: alpha must be in (0, 1], discount in [0, 1], samples at least 1, replays at least 0"
+                "q-learning: alpha must be in (0, 1], discount in [0, 1], samples at least 1 and foresight as well, "
+                "replays at least 0"
             )
 
 
@@ -123,15 +128,21 @@ class Learner:
         self.rewards: dict[Trajectory, float] = {}  # of every distinct trajectory, in order of first appearance
 
     def iterate(
-        self, iteration: int, epsilon: float, evaluate: Callable[[Sequence[Trajectory]], Sequence[float]]
+        self,
+        iteration: int,
+        epsilon: float,
+        evaluate: Callable[[Sequence[Trajectory]], Sequence[float]],
+        choose: Callable[[Sequence[Trajectory]], Sequence[Trajectory]] | None = None,
     ) -> list[Trajectory]:
         """Samples, evaluates, replays. Gives what was sampled.
 
         `evaluate` is called once, with the distinct trajectories that are new (none: not at all), and gives their
-        rewards.
+        rewards. `choose` gives those of `rates.foresight` times as many samples that are to be followed.
         """
         rng = np.random.default_rng((self.seed, iteration))
         sampled = self.sample(epsilon, rng)
+        if choose is not None and self.rates.foresight > 1:
+            sampled = list(choose(sampled))
         new = [trajectory for trajectory in dict.fromkeys(sampled) if trajectory not in self.rewards]
         if new:
             self.rewards.update(zip(new, map(float, evaluate(new)), strict=True))
@@ -143,8 +154,9 @@ class Learner:
         return sampled
 
     def sample(self, epsilon: float, rng: np.random.Generator) -> list[Trajectory]:
-        """`rates.samples` trajectories: a random action with probability `epsilon`, else the best; ties at random."""
-        n = self.rates.samples
+        """`rates.samples` x `rates.foresight` trajectories: a random action with probability `epsilon`, else the best;
+        ties at random."""
+        n = self.rates.samples * self.rates.foresight
         last, alive = np.zeros(n, np.int64), np.ones(n, bool)
         trajectories: list[list[int]] = [[] for _ in range(n)]
         for step, (table, size) in enumerate(zip(self.tables, self.process.n_actions, strict=True)):

@@ -143,7 +143,7 @@ class RelativeNAS(Training):
         def advance(generation: int) -> dict[str, Any]:
             row = course.advance(generation)
             if self.renewal and isinstance(judge, Asked):
-                course.renew(judge.loss, np.random.default_rng((problem.seed, generation)))
+                course.renew(judge.loss)
             return row
 
         with suppress(BudgetSpentError):
@@ -221,14 +221,15 @@ class _Course:
                     self.seen[arch] = loss
                     self.renewal.note(arch, loss)
 
-    def renew(self, loss: Callable[[Arch], float], rng: np.random.Generator) -> None:
+    def renew(self, loss: Callable[[Arch], float]) -> None:
         """Another population where this one has agreed."""
 
         def ask(arch: Arch) -> float:
             self.seen[arch] = loss(arch)
+            self.renewal.note(arch, self.seen[arch])
             return self.seen[arch]
 
-        self.renewal.advance(self.population, ask, rng)
+        self.renewal.advance(self.population, ask)
 
     def advance(self, generation: int) -> dict[str, Any]:
         """Moves the slow learners; the generation's figures."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from latbench.oracle.base import Model
     from latbench.oracle.store import StoredModel
 
 _MAGIC = {b"PAR1": "table", b"PK\x03\x04": "model"}  # parquet; npz
@@ -37,6 +38,23 @@ def read_model(path: Path) -> StoredModel:
     if kind_of_file(path) == "table":
         raise UsageError(f"{path} is a table, not a fitted model: latbench fit {path} -o MODEL makes one of it")
     return store.load(path)
+
+
+def read_oracle(path: Path, missing: str) -> Model:
+    """The fitted model in `path`, or a table's sums, corrected by its networks and chains where it holds any.
+
+    Raises TableError, UsageError.
+    """
+    from latbench.oracle.calibrated import CalibratedOracle
+    from latbench.oracle.fitting import default_oracle
+    from latbench.oracle.lut import LutOracle
+    from latbench.tables import LatencyTable
+
+    if kind_of_file(path) == "model":
+        return read_model(path).oracle
+    table = LatencyTable.read(path)
+    kind: type[Model] = CalibratedOracle if default_oracle(table) == "calibrated" else LutOracle
+    return kind.fit(table, missing=missing)
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""``latbench predict``: what a model, or a table's sums, say of architectures."""
+"""``latbench predict``: what a model, or a table, says of architectures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latbench.cli.model import kind_of_file, read_model
+from latbench.cli.model import kind_of_file, read_oracle
 from latbench.cli.values import PERCENT, format_ms
 from latbench.errors import UsageError
 
 if TYPE_CHECKING:
-    from latbench.oracle.base import LatencyOracle
+    from latbench.oracle.base import Model
 
 
 @click.command("predict")
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(path: Path, texts: tuple[str, ...], confidence: float, missing: str, as_json: bool) -> None:
-    """What MODEL says of architectures; a TABLE answers by sums of its blocks, nothing fitted.
+    """What MODEL says of architectures; a TABLE answers as in a search: by sums of its blocks, corrected by what
+    networks and chains of blocks it holds.
 
     ARCH is option indices (0,3,5,...), random:SEED, or a published name of the space.
     """
@@ -39,7 +40,7 @@ def command(path: Path, texts: tuple[str, ...], confidence: float, missing: str,
 
     if not 0 < confidence < 1:
         raise UsageError(f"--confidence must lie between 0% and 100%, got {confidence:.0%}")
-    name, oracle = _oracle(path, missing)
+    oracle = _oracle(path, missing)
     parsed = [oracle.space.parse_arch(text) for text in texts]
     archs = np.array(parsed, np.int64)
     latencies, interval = oracle.latencies(archs), oracle.interval(archs, confidence)
@@ -57,34 +58,31 @@ def command(path: Path, texts: tuple[str, ...], confidence: float, missing: str,
             }
         )
     if as_json:
-        head = {"file": str(path), "oracle": name, "space": oracle.space.name, "confidence": confidence}
+        head = {"file": str(path), "oracle": oracle.name, "space": oracle.space.name, "confidence": confidence}
         click.echo(json.dumps({**head, "device": oracle.provenance.device_name, "predictions": answers}))
     else:
-        _print(name, oracle, answers, confidence)
+        _print(oracle, answers, confidence)
 
 
-def _oracle(path: Path, missing: str) -> tuple[str, LatencyOracle]:
-    """What answers, by name: the model in `path`, or the sums of a table's blocks."""
+def _oracle(path: Path, missing: str) -> Model:
+    """What answers: the model in `path`, or the table's default oracle, as in a search."""
     from latbench.oracle.factors import FactorOracle
-    from latbench.oracle.lut import LutOracle, interpolate
-    from latbench.tables import LatencyTable
+    from latbench.oracle.lut import interpolate
 
-    if kind_of_file(path) == "table":
-        return LutOracle.name, LutOracle.fit(LatencyTable.read(path), missing=missing)
-    model = read_model(path).oracle
-    if missing == "interpolate" and isinstance(model, FactorOracle):
-        return model.name, replace(model, factors=tuple(interpolate(model.space, f) for f in model.factors))
-    return model.name, model
+    oracle = read_oracle(path, missing)
+    if missing == "interpolate" and kind_of_file(path) == "model" and isinstance(oracle, FactorOracle):
+        return replace(oracle, factors=tuple(interpolate(oracle.space, f) for f in oracle.factors))
+    return oracle
 
 
-def _print(name: str, oracle: LatencyOracle, answers: list[dict[str, Any]], confidence: float) -> None:
+def _print(oracle: Model, answers: list[dict[str, Any]], confidence: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, markup=False)
     simulated = all("simulated" in answer["sources"] for answer in answers)
     on = f"{oracle.provenance.device_name}{' (simulated)' if simulated else ''}"
-    console.print(f"{oracle.space.name} on {on}, predicted by {name}")
+    console.print(f"{oracle.space.name} on {on}, predicted by {oracle.name}")
     view = Table(box=None, header_style="bold", padding=(0, 1), pad_edge=False)
     view.add_column("architecture", overflow="fold")
     view.add_column("latency", justify="right", no_wrap=True)

@@ -16,7 +16,7 @@ from latbench.cli.values import Quantity
 from latbench.errors import UsageError, shown
 
 if TYPE_CHECKING:
-    from latbench.oracle.base import Constraint, LatencyOracle
+    from latbench.oracle.base import Constraint
 
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
@@ -77,24 +77,6 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def read_oracle(path: Path, missing: str) -> LatencyOracle:
-    """The fitted model in `path`, or a table's sums, corrected by its networks and chains where it holds any.
-
-    Raises TableError, UsageError.
-    """
-    from latbench.cli.model import kind_of_file, read_model
-    from latbench.oracle.calibrated import CalibratedOracle
-    from latbench.oracle.fitting import default_oracle
-    from latbench.oracle.lut import LutOracle
-    from latbench.tables import LatencyTable
-
-    if kind_of_file(path) == "model":
-        return read_model(path).oracle
-    table = LatencyTable.read(path)
-    kind = CalibratedOracle if default_oracle(table) == "calibrated" else LutOracle
-    return kind.fit(table, missing=missing)
-
-
 def constraints_of(
     tables: Sequence[Path],
     targets: Sequence[float],
@@ -104,6 +86,7 @@ def constraints_of(
     confidence: float | None,
 ) -> tuple[Constraint, ...]:
     """One constraint per table and target, and one per count ("n_params", "macs"), of the first table's space."""
+    from latbench.cli.model import read_oracle
     from latbench.oracle.base import Constraint
     from latbench.oracle.factors import FactorOracle
     from latbench.spaces.base import FactoredSpace

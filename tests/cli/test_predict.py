@@ -12,6 +12,7 @@ from command_line import refused, run
 
 from latbench.oracle import store
 from latbench.oracle.base import space_of
+from latbench.oracle.calibrated import CalibratedOracle
 from latbench.oracle.lut import LutOracle
 from latbench.tables import LatencyTable
 
@@ -83,10 +84,12 @@ def test_what_is_printed_names_the_network_and_the_sources(model: Path) -> None:
         assert words in result.stdout, words
 
 
-def test_a_table_answers_by_sums(table: Path) -> None:
+def test_a_table_of_blocks_answers_by_sums(table: Path, tmp_path: Path) -> None:
     whole = LatencyTable.read(table)
     archs, measured = whole.networks()
     texts = [",".join(map(str, arch)) for arch in archs]
+    table = tmp_path / "blocks.parquet"
+    whole.select(kind="block").write(table)
     told = predict(table, *texts)
     assert told["oracle"] == "lut"
     np.testing.assert_allclose([one["latency_ms"] for one in told["predictions"]], measured, rtol=1e-6)
@@ -95,6 +98,18 @@ def test_a_table_answers_by_sums(table: Path) -> None:
     printed = run("predict", table, texts[0]).stdout
     assert "(simulated), predicted by lut" in printed
     assert "interval" not in printed
+
+
+def test_a_table_with_networks_answers_as_in_a_search(table: Path) -> None:
+    whole = LatencyTable.read(table)
+    told = predict(table, ONES, "random:3")
+    assert told["oracle"] == "calibrated"
+    archs = np.array([one["arch"] for one in told["predictions"]])
+    expected = CalibratedOracle.fit(whole)
+    np.testing.assert_allclose([one["latency_ms"] for one in told["predictions"]], expected.latencies(archs))
+    blocks = len(LutOracle.fit(whole).factors)
+    assert told["predictions"][0]["sources"] == {"simulated": blocks, "fitted": 1}
+    assert "(simulated), predicted by calibrated" in run("predict", table, ONES).stdout
 
 
 @pytest.mark.parametrize("kind", ["table", "model"])

@@ -267,6 +267,34 @@ def test_hopeful_values_lead_to_rewards_sooner() -> None:
     assert found[1] > found[0] + 0.05, "what it samples at the end"
 
 
+def test_foresight_follows_the_most_promising_blocks_within_the_budget() -> None:
+    oracle = ToyOracle(SIX)
+    options = replace(
+        TOY, balance=0.0, iterations=12, samples=8, replays=0, initial=0.0, hopeful=True, schedule="0.5:1"
+    )
+    found = []
+    for foresight in (1, 32):
+        search = BlockSearch(
+            replace(options, foresight=foresight), SIX, TRAINED, toy_accuracy, (Constraint(oracle, 6.0),), seed=0
+        )
+        search.run()
+        found.append(search)
+    plain, foreseeing = found
+    assert set(plain.learner.rewards) - set(plain.accuracies), "without it budgets are broken"
+    assert foreseeing.n_evaluated == len(foreseeing.learner.rewards) == 12 * 8, "all within, all new"
+    assert all(oracle.latency(foreseeing.arch(block)) <= 6.0 for block in foreseeing.accuracies)
+    late = [np.mean(list(search.accuracies.values())[-30:]) for search in found]
+    assert late[1] > late[0]
+
+
+def test_foresight_takes_what_there_is_where_nothing_new_keeps_the_budget() -> None:
+    options = replace(TOY, balance=0.0, iterations=3, samples=4, foresight=4)
+    search = BlockSearch(options, SIX, TRAINED, toy_accuracy, (Constraint(ToyOracle(SIX), 1e-6),), seed=0)
+    history = search.run()
+    assert search.n_evaluated == 0
+    assert [row["reward"] for row in history] == [0.0] * 3
+
+
 def test_a_penalty_trains_what_is_beyond_and_never_returns_it() -> None:
     search, asked = toy_search(0, 6.0, "penalty")
     assert max(asked) > 6.0

@@ -60,7 +60,9 @@ def test_a_network_has_the_figures_of_its_canonical_spelling(study, cells):
     assert oracle.latency(spelled) == oracle.latency(network) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("name", ["random", "relativenas", "relativenas+renewal", "irlas", "irlas+hopeful"])
+@pytest.mark.parametrize(
+    "name", ["random", "relativenas", "relativenas+renewal", "irlas", "irlas+hopeful", "irlas+foresight"]
+)
 def test_every_search_keeps_limit_and_budget_and_ends_alike(study, cells, name):
     limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
     constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
@@ -85,12 +87,13 @@ def test_learning_searches_beat_chance_where_edges_add_up(study, cells):
         name: np.median(
             [study.run(cells, study.SEARCHES[name], constraint, limit_ms, seed)["regret"] for seed in range(5)]
         )
-        for name in ("random", "relativenas", "relativenas+renewal", "irlas+hopeful")
+        for name in ("random", "relativenas", "relativenas+renewal", "irlas+hopeful", "irlas+foresight")
     }
     assert medians["random"] > 0
     assert medians["relativenas"] < medians["random"]
     assert medians["relativenas+renewal"] <= 0.5 * medians["random"]
     assert medians["irlas+hopeful"] <= 0.5 * medians["random"]
+    assert medians["relativenas+renewal"] == medians["irlas+foresight"] == pytest.approx(0, abs=1e-9)
 
 
 def test_an_answer_beyond_the_limit_is_told(study, cells):
@@ -148,8 +151,8 @@ def test_the_picture_is_drawn(study, tmp_path):
 )
 def test_published_cells_are_searched_with_half_of_chances_regret(study):
     cells = study.Cells.read(REFERENCE / "nb201_search.parquet", "c100_test_200ep", 256)
-    searches = {name: study.SEARCHES[name] for name in ("random", "relativenas+renewal", "irlas+hopeful")}
+    searches = {name: study.SEARCHES[name] for name in ("random", "relativenas+renewal", "irlas+foresight")}
     found = study.summary(pd.DataFrame(study.study(cells, 256, searches, range(10), learned=False)))
     assert (found["feasible %"] == 100).all()
-    for name in ("relativenas+renewal", "irlas+hopeful"):
+    for name in ("relativenas+renewal", "irlas+foresight"):
         assert (found["of random"].xs(name, level="search") <= 0.5).all()
