@@ -39,6 +39,7 @@ from searchers.selection import select
 
 ROUNDS, HALVINGS, DOUBLINGS = 8, 40, 40  # of the search for prices
 FORBIDDEN = 1e9  # a price that no log-probability pays
+OPEN = N_SUBSETS  # of a layer: no subset for all images, the controller decides
 LEAST_PROB = 1e-6  # of what a price is weighed against
 TOLD = 32  # policies that the notes name
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -151,20 +152,34 @@ class Costs:
         logs = p.log() @ bits.T + (1 - p).log() @ (1 - bits).T  # (B, L, 32)
         return policies_of((logs - prices.to(probs.device)).argmax(-1))
 
-    def settle(self, probs: Tensor) -> Tensor:
+    def settle(self, probs: Tensor, fixed: Sequence[int] = ()) -> Tensor:
         """(N, L, 5) probabilities of held-out images -> (L, 32) prices under which the mean keeps every budget.
 
-        Factors are found one constraint after the other; where that does not end, ``within`` becomes everybody's.
+        `fixed`: per layer the subset that all images take there, or OPEN. Factors are found one constraint after the
+        other; where that does not end, ``within`` becomes everybody's.
         """
+        held = torch.zeros(self.tables.shape[1:], dtype=torch.float64)
+        for layer, subset in enumerate(fixed):
+            if subset != OPEN:
+                held[layer] = FORBIDDEN
+                held[layer, subset] = 0.0
         factors = torch.zeros(len(self.oracles), dtype=torch.float64)
         for _ in range(ROUNDS):
-            if self.kept(self.decode(probs, self._prices(factors))):
-                return self._prices(factors)
+            if self.kept(self.decode(probs, held + self._prices(factors))):
+                return held + self._prices(factors)
             for k in range(len(factors)):
-                factors[k] = self._least_factor(probs, factors, k)
-        if self.kept(self.decode(probs, self._prices(factors))):
-            return self._prices(factors)
+                factors[k] = self._least_factor(probs, factors, k, held)
+        if self.kept(self.decode(probs, held + self._prices(factors))):
+            return held + self._prices(factors)
         return torch.full(self.tables.shape[1:], FORBIDDEN, dtype=torch.float64).scatter(1, self.within[:, None], 0.0)
+
+    def affords(self, fixed: Sequence[int]) -> bool:
+        """Whether these subsets, OPEN for any, leave room for the cheapest ones in the other layers."""
+        least = self.tables.amin(-1)  # (K, L)
+        for layer, subset in enumerate(fixed):
+            if subset != OPEN:
+                least[:, layer] = self.tables[:, layer, subset]
+        return bool((self.constants + least.sum(-1) <= self.limits * (1 + TOLERANCE)).all())
 
     def kept(self, policies: Tensor) -> bool:
         """Whether the mean of (N, L, 5) policies keeps every budget, and one of them all by itself."""
@@ -172,13 +187,13 @@ class Costs:
             return False
         return any(self.problem.satisfied(arch) for arch, _ in self.census(policies))
 
-    def _least_factor(self, probs: Tensor, factors: Tensor, k: int) -> float:
+    def _least_factor(self, probs: Tensor, factors: Tensor, k: int, held: Tensor) -> float:
         """The smallest price of constraint k that keeps its budget, the others' as they are."""
 
         def keeps(factor: float) -> bool:
             tried = factors.clone()
             tried[k] = factor
-            mean = self.latencies(self.decode(probs, self._prices(tried)))[k].mean()
+            mean = self.latencies(self.decode(probs, held + self._prices(tried)))[k].mean()
             return bool(mean <= self.limits[k] * (1 + TOLERANCE))
 
         if keeps(0.0):

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latbench.errors import UsageError
+from latbench.spaces.instanas import N_SUBSETS, SUBSETS
 from searchers.base import Scalar
 from searchers.data import Batches
 from searchers.derive import write_network
+from searchers.foresight import promising
 from searchers.instanas_controller import Controller, controller_graph
 from searchers.instanas_graph import MetaGraph, Routed
-from searchers.instanas_policies import Costs, Route, draw_latencies
+from searchers.instanas_policies import OPEN, Costs, Route, draw_latencies
 from searchers.results import read_result, write_bytes, write_history
 from searchers.train import load_tensors, recalibrate
 from searchers.world import World, to_device
 
+DRAWN = 200  # of what is drawn twice, uniformly and near the best, one is tried
 WEIGHTS, VARIANTS, IMAGES = "instanas.pt", "variants.parquet", "images.parquet"  # in a problem's folder
 CONTROLLER, HISTOGRAM = "controller.onnx", "latencies.svg"
 
@@ -106,6 +110,7 @@ class Variant:
     own: Exam
     kept: Exam
     costs: Costs
+    fixed: tuple[int, ...]  # per layer the subset that ``kept`` gives every image, or OPEN
 
     @cached_property
     def predicted(self) -> list[float]:
@@ -145,13 +150,42 @@ class Examiner:
 
     def variant(self, epoch: int) -> Variant:
         """The snapshot of an epoch."""
+        prices = self.costs.settle(self._probabilities(epoch))
+        own = self.settled(torch.zeros_like(prices))
+        kept = self.settled(prices) if prices.any() else own
+        return Variant(epoch, prices, own, kept, self.costs, (OPEN,) * len(self.costs.space.layers))
+
+    def fixing(self, chosen: Variant, trials: int, rng: np.random.Generator) -> Variant:
+        """[E] The most accurate of so many variants of a variant that give all images one subset in some layers, or it.
+
+        In every other layer the controller decides, at prices that keep the budgets. What is tried is the most
+        promising of what is drawn (``foresight``), half of it near the best so far.
+        """
+        probs, n = self._probabilities(chosen.epoch), len(chosen.fixed)
+        known, best = {chosen.fixed: -chosen.kept.accuracy}, chosen
+        for _ in range(trials):
+            drawn = rng.integers(N_SUBSETS, size=(DRAWN, n))
+            drawn[rng.random(drawn.shape) < rng.random((DRAWN, 1))] = OPEN
+            near = np.where(rng.random((DRAWN, n)) < 1.5 / n, drawn, best.fixed)
+            rows = dict.fromkeys(tuple(row) for row in np.concatenate([near, drawn]).tolist())
+            new = [row for row in rows if row not in known and self.costs.affords(row)]
+            if not new:
+                break
+            asked, candidates = (np.array(list(found), np.int64) for found in (known, new))
+            fixed = new[promising(asked, np.array(list(known.values())), candidates)[0]]
+            prices = self.costs.settle(probs, fixed)
+            kept = self.settled(prices)
+            known[fixed] = -kept.accuracy
+            if kept.accuracy > best.kept.accuracy:
+                best = replace(chosen, prices=prices, kept=kept, fixed=fixed)
+        return best
+
+    def _probabilities(self, epoch: int) -> Tensor:
+        """(N, L, 5) of the held-out images, by an epoch's controller, which the modules take on with its graph."""
         load_weights(snapshot(self.costs.problem.out, epoch), self.controller, self.graph)
         free = Route(self.controller, torch.zeros(self.costs.tables.shape[1:], dtype=torch.float64), self.costs)
         images = (batch.images for batch in to_device(self.held_out.epoch(0), self.world.device))
-        prices = self.costs.settle(torch.cat([free.probabilities(x).cpu() for x in images]))
-        own = self.settled(free.prices)
-        kept = self.settled(prices) if prices.any() else own
-        return Variant(epoch, prices, own, kept, self.costs)
+        return torch.cat([free.probabilities(x).cpu() for x in images])
 
     def settled(self, prices: Tensor) -> Exam:
         """The present weights at these prices, batch norms calibrated under the policies that follow."""
@@ -210,6 +244,11 @@ def notes_of(costs: Costs, chosen: Variant, held_out: Exam, test: Exam) -> dict[
         "accuracy": held_out.accuracy,
         "variant": chosen.epoch,
         "priced": bool(chosen.prices.any()),
+        "fixed": {
+            site.name: SUBSETS[subset]
+            for site, subset in zip(costs.space.layers, chosen.fixed, strict=True)
+            if subset != OPEN
+        },
         **costs.told(held_out.policies),
         "test": {"accuracy": test.accuracy, "mean": fresh},
         "controller": {"n_params": extra.n_params, "macs": extra.macs},  # beside what is predicted

@@ -45,15 +45,16 @@ def read_oracle(path: Path, missing: str) -> Model:
 
     Raises TableError, UsageError.
     """
-    from latbench.oracle.calibrated import CalibratedOracle
+    from latbench import plugins
     from latbench.oracle.fitting import default_oracle
-    from latbench.oracle.lut import LutOracle
     from latbench.tables import LatencyTable
 
     if kind_of_file(path) == "model":
         return read_model(path).oracle
     table = LatencyTable.read(path)
-    kind: type[Model] = CalibratedOracle if default_oracle(table) == "calibrated" else LutOracle
+    kind: type[Model] = plugins.load(
+        "latbench.oracles", "calibrated" if default_oracle(table) == "calibrated" else "lut"
+    )
     return kind.fit(table, missing=missing)
 
 

@@ -21,7 +21,7 @@ from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from searchers.base import Problem
 from searchers.instanas import InstaNAS, _Run
 from searchers.instanas_controller import explore, policies_of, subsets_of
-from searchers.instanas_policies import Costs
+from searchers.instanas_policies import FORBIDDEN, OPEN, Costs
 from searchers.instanas_variants import CONTROLLER, HISTOGRAM, IMAGES, VARIANTS, WEIGHTS, read_routed, snapshot_epochs
 from searchers.results import read_history, read_result
 from searchers.sources import ArraySource
@@ -29,7 +29,7 @@ from searchers.testing import SearcherConformance, Watch, roofline_table
 from searchers.world import World
 
 SMALL = InstaNASSpace(plan="8x1,12x2s2,16x1s2", stem_channels=8, head_channels=32, resolution=8)
-QUICK = InstaNAS(epochs=2, batch_size=32, pretrain_epochs=2, finetune_epochs=1, variants=3, cutout=0.0)
+QUICK = InstaNAS(epochs=2, batch_size=32, pretrain_epochs=2, finetune_epochs=1, variants=3, trials=6, cutout=0.0)
 SHORT = replace(QUICK, epochs=1, interleaved=True)
 N_LAYERS = 4
 
@@ -94,7 +94,7 @@ def test_snapshots_are_spread_and_end_with_the_run():
 @pytest.mark.parametrize(
     "wrong",
     [{"epochs": 0}, {"batch_size": 1}, {"net_lr": 0.0}, {"alpha": 0.5}, {"aim": 0.0}, {"rest": 1.0}, {"variants": 0},
-     {"finetune_epochs": -1}, {"cutout": 1.0}, {"pretrain_keep": 0.0}],
+     {"finetune_epochs": -1}, {"trials": -1}, {"cutout": 1.0}, {"pretrain_keep": 0.0}],
 )  # fmt: skip
 def test_options_that_contradict_each_other(wrong):
     with pytest.raises(UsageError, match="instanas:"):
@@ -203,6 +203,38 @@ def test_fine_tuning_leaves_the_controller_alone(oracle, tmp_path, share):
     assert share == 0.05 or torch.equal(spy.seen[0], probs >= 0.5), "MAP policies and nothing else"
     assert rates[0] == pytest.approx(1e-3)
     assert rates[len(rates) // 2] == pytest.approx(5e-4), "half way down the cosine"
+
+
+def test_layers_that_repay_no_choice_give_all_images_one_subset(oracle, tmp_path):
+    """The trials keep the budget in the mean, are what was fixed, and the best of them is never worse."""
+    problem = problem_of(tmp_path, (oracle, between(oracle, 0.3)))
+    run = one_run(problem, replace(QUICK, trials=12))
+    run.pretrain(None)
+    run.joint(None)
+    chosen = max(run.variants(), key=lambda variant: variant.kept.accuracy)
+    assert chosen.fixed == (OPEN,) * N_LAYERS
+    tried = []
+    settled = run.examiner.settled
+
+    def spied(prices):
+        tried.append((prices, settled(prices)))
+        return tried[-1][1]
+
+    object.__setattr__(run.examiner, "settled", spied)
+    best = run.fixing(chosen)
+    assert len(tried) == 12
+    assert best.kept.accuracy == max(chosen.kept.accuracy, *(exam.accuracy for _, exam in tried))
+    for prices, exam in tried:
+        assert run.costs.kept(exam.policies)
+        held = (prices >= FORBIDDEN / 2).sum(1) == 31
+        assert held.any(), "something is fixed in every trial"
+        assert (exam.policies[:, held] == exam.policies[:1, held]).all()
+    assert len({tuple(prices.flatten().tolist()) for prices, _ in tried}) == 12
+    if best is not chosen:
+        assert any(subset != OPEN for subset in best.fixed)
+    again = run.fixing(chosen)
+    assert again.fixed == best.fixed
+    assert run.examiner.fixing(chosen, 0, np.random.default_rng(0)) is chosen
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from latbench.oracle.lut import LutOracle
 from latbench.spaces.instanas import InstaNASSpace
 from searchers.base import Problem
 from searchers.instanas_controller import instance_latency, policies_of, subsets_of
-from searchers.instanas_policies import Costs
+from searchers.instanas_policies import OPEN, Costs
 from searchers.testing import roofline_table
 
 SMALL = InstaNASSpace(plan="8x1,12x2s2,16x1s2", stem_channels=8, head_channels=32, resolution=8)
@@ -154,6 +155,30 @@ def test_a_price_is_weighed_against_each_subsets_probability(oracle, tmp_path):
                 for s in range(32)
             ]
             assert worth[subset] == pytest.approx(max(worth), abs=1e-9)
+
+
+def test_a_fixed_subset_is_everybodys_and_the_rest_keeps_the_budget(oracle, tmp_path):
+    target = between(oracle, 0.3)
+    costs, probs = Costs.of(problem_of(tmp_path, (oracle, target))), certain(1)
+    fixed = (OPEN, 5, OPEN, 2)
+    found = subsets_of(costs.decode(probs, costs.settle(probs, fixed)))
+    assert (found[:, [1, 3]] == torch.tensor([5, 2])).all()
+    assert len(found[:, [0, 2]].unique(dim=0)) > 1, "images still differ elsewhere"
+    assert float(instance_latency(oracle, policies_of(found)).mean()) <= target * (1 + 1e-12)
+    assert torch.equal(costs.settle(probs, (OPEN,) * N_LAYERS), costs.settle(probs))
+    alone = costs.settle(probs, (1, 0, 4, 8))
+    assert subsets_of(costs.decode(probs, alone)).unique(dim=0).tolist() == [[1, 0, 4, 8]]
+
+
+def test_what_is_fixed_must_leave_room(oracle, tmp_path):
+    for fixed in ((OPEN,) * N_LAYERS, (31, OPEN, OPEN, OPEN), (31, 31, 31, OPEN), (31,) * 4):
+        archs = np.array(list(product(*(range(32) if subset == OPEN else [subset] for subset in fixed[1:]))))
+        first = range(1, 32) if fixed[0] == OPEN else [fixed[0]]
+        least = min(oracle.latencies(np.column_stack([np.full(len(archs), s), archs])).min() for s in first)
+        for share in (0.01, 0.4, 0.8):
+            target = between(oracle, share)
+            costs = Costs.of(problem_of(tmp_path, (oracle, target)))
+            assert costs.affords(fixed) == (least <= target * (1 + 1e-12)), (fixed, share)
 
 
 def test_two_budgets_are_kept_in_the_mean(oracle, tmp_path):
