@@ -4,8 +4,8 @@
 
 DIR holds nb201_search.parquet: accuracies (CIFAR-100, 200 epochs, test) of all 15,625 cells and their latencies on a
 GTX 1080 Ti at batch 1 and 256, imported as tables. A search may look up LOOKUPS accuracies, and asks an oracle for
-latencies as often as it likes: the truth, or a model learned from MEASURED random cells, held to the upper end of its
-90 % intervals. Limits are percentiles of the latencies of all distinct networks. Networks are canonical spellings,
+latencies as often as it likes: the truth, or a model learned from MEASURED D-optimal cells, held to the upper end of
+its 90 % intervals. Limits are percentiles of the latencies of all distinct networks. Networks are canonical spellings,
 edges that do not reach the output set to none: a class of equal graphs is one network, one look-up, one accuracy and
 one latency, its canonical spelling's (12,205 of 15,625; isomorphic graphs and edges from nodes without input stay
 apart).
@@ -44,6 +44,7 @@ from latbench.importers.base import Source
 from latbench.oracle.base import Constraint
 from latbench.oracle.factors import Factor, FactorOracle
 from latbench.oracle.learned import LearnedOracle
+from latbench.oracle.sampling import d_optimal
 from latbench.spaces.base import Arch
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import LatencyTable
@@ -120,11 +121,13 @@ class Cells:
         )
 
     def learned_bounds(self, seed: int) -> Floats:
-        """(15625,) ms: what each network takes at most, with CONFIDENCE, after MEASURED random ones were measured.
+        """(15625,) ms: what each network takes at most, with CONFIDENCE, after MEASURED ones were measured, which are
+        chosen as ``latbench profile --sampling d_optimal`` does.
 
         The rows' order in the file is no order of measuring, so no drift is looked for.
         """
-        chosen = np.random.default_rng((seed, MEASURED)).choice(self.networks, MEASURED, replace=False)
+        archs = d_optimal(self.space, MEASURED, np.random.default_rng((seed, MEASURED)))
+        chosen = self.network[np.ravel_multi_index(archs.T, SHAPE)]
         rows = np.ravel_multi_index(self.table.networks()[0].T, SHAPE)
         measured = self.table.take(np.flatnonzero(np.isin(rows, chosen)))
         oracle = LearnedOracle.fit(measured, drift=False)

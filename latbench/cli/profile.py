@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import click
 
 from latbench.cli import measuring
 from latbench.cli.values import DTYPE, DURATION, PERCENT, format_ms
+from latbench.errors import UsageError
 
 if TYPE_CHECKING:
     from latbench.profiling import Outcome, Target
     from latbench.profiling.fleet import FleetOutcome
     from latbench.profiling.fleet_node import FleetNode
-    from latbench.spaces.base import SearchSpace
+    from latbench.spaces.base import Arch, SearchSpace
 
 
 @click.command()
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=DTYPE, help="fp32 or fp16; default: the device's.")
 @measuring.RUNTIME
 @click.option("--networks", type=click.IntRange(0), default=0, help="Whole networks to measure too (told: additivity).")
+@click.option(
+    "--sampling",
+    type=click.Choice(["uniform", "biased", "d_optimal"]),
+    default="uniform",
+    show_default=True,
+    help="Which networks: random ones; those whose blocks were seen least (AOWS's); those that tell most about all "
+    "blocks, which are fewer for the same error of a fit.",
+)
 @click.option(
     "--context",
     type=click.Choice(["sandwich", "isolated", "both"]),
@@ -69,6 +79,7 @@ def command(
     settings: tuple[str, ...],
     options: tuple[str, ...],
     networks: int,
+    sampling: str,
     context: Any,
     cache: str,
     fold_bn: bool,
@@ -115,22 +126,35 @@ def command(
             }
         )
         target = _with_cache(target, cache, space)
+        archs = networks if sampling == "uniform" else _chosen(space, networks, sampling, seed)
         path = output or Path(_file_name(space, target))
         if dry_run:
-            _dry_run(space, target, networks, only, path, as_json)
+            _dry_run(space, target, archs, only, path, as_json)
             return 0
         outcome = _measured(
             space,
             target,
             nodes,
             path,
-            networks=networks,
+            networks=archs,
             only=only,
             budget_s=float("inf") if budget is None else budget,
         )
     summary = _summary(outcome)
     click.echo(json.dumps(summary) if as_json else _told(summary))
     return 2 if summary["failed"] else 0
+
+
+def _chosen(space: SearchSpace, n: int, method: str, seed: int) -> list[Arch]:
+    """`n` architectures, in the order to measure them; more of them begin with the same ones."""
+    import numpy as np
+
+    from latbench.oracle.sampling import choose
+    from latbench.spaces.base import FactoredSpace
+
+    if not isinstance(space, FactoredSpace):
+        raise UsageError(f"{space.name} has no blocks to choose networks by: --sampling uniform")
+    return [tuple(arch) for arch in choose(space, n, method, np.random.default_rng(seed)).tolist()]
 
 
 def _with_cache(target: Target, cache: str, space: SearchSpace) -> Target:
@@ -168,7 +192,9 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
-def _dry_run(space: SearchSpace, target: Target, networks: int, only: str | None, path: Path, as_json: bool) -> None:
+def _dry_run(
+    space: SearchSpace, target: Target, networks: int | Sequence[Arch], only: str | None, path: Path, as_json: bool
+) -> None:
     from latbench.profiling import duration_s, wanted
 
     jobs = wanted(space, target, networks, only)

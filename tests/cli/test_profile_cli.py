@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from latbench.cli import cli
 from latbench.cli.target import assignment
 from latbench.errors import UsageError
+from latbench.oracle.sampling import choose
 from latbench.profiling.jobs import jobs_of
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable
@@ -76,6 +78,27 @@ def test_only_one_key(tmp_path: Path) -> None:
     assert summary["wanted"] == 2  # the stem and its stub
 
 
+@pytest.mark.parametrize("method", ["biased", "d_optimal"])
+def test_networks_are_chosen_as_asked_and_more_begin_with_the_same(tmp_path: Path, method: str) -> None:
+    tables = {}
+    for n in (4, 8):
+        out = tmp_path / f"{n}.parquet"
+        assert run(*ROOFLINE, "--networks", n, "--sampling", method, "--seed", 5, "-o", out).exit_code == 0
+        tables[n] = {tuple(arch) for arch in LatencyTable.read(out).networks()[0].tolist()}
+    space = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
+    chosen = choose(space, 8, method, np.random.default_rng(5))
+    assert tables[8] == {tuple(arch) for arch in chosen.tolist()}
+    assert tables[4] < tables[8]
+
+
+def test_a_space_without_blocks_has_none_to_choose_by(tmp_path: Path) -> None:
+    cells = ["profile", "--device", "cpu", "--backend", "roofline", "--space", "irlas"]
+    result = run(*cells, "--networks", 2, "--sampling", "biased", "-o", tmp_path / "t.parquet")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: irlas has no blocks to choose networks by: --sampling uniform\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_failed_rows_are_status_2_and_told_by_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other measurement is replaced by a failure: a row that has one says why."""
     from latbench.measure.base import Measurement
@@ -113,6 +136,7 @@ BAD_INPUT = {
     "resolution": (["--resolution", "1"], "resolution must be at least"),
     "resolution of letters": (["--resolution", "big"], "'big' is not a valid integer"),
     "runs": (["--runs", "0"], "0 is not in the range"),
+    "sampling": (["--sampling", "best"], "'best' is not one of"),
     "setting without a value": (["--set", "levels"], "'levels' is no setting: write NAME=VALUE"),
     "setting without a name": (["--set", "=3"], "'=3' is no setting"),
     "unknown setting": (["--set", "depth=3"], "no setting 'depth': "),
