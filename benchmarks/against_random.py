@@ -7,12 +7,12 @@
 
 M is a fitted model or a table; the limit is a quantile of what it predicts for random architectures. Per seed the
 searcher and its rival run on the same images. The rival of relativenas and irlas is random search with the same
-evaluator and as many distinct networks ("judged": what that says of a find); where irlas judges by training, `epochs`
-each, the rival gets as many more as irlas' finalists train epochs. Both finds are then trained from scratch by one
-recipe and tested on the test split. The rival of instanas are `--evaluations` random single networks of the
-meta-graph that instanas trained, at most as slow as the mean of its images: the best on the held-out images with
-inherited weights, batch norms calibrated, is fine-tuned as long as instanas is. Test accuracies there are those of the
-meta-graph under these policies.
+evaluator and as many distinct networks ("judged": what that says of a find); where irlas judges by training, the rival
+trains as many blocks just so, and as many finalists in the deployed stack ("judged": the better finalist's accuracy on
+held-out images). Both finds are then trained from scratch by one recipe and tested on the test split. The rival of
+instanas are `--evaluations` random single networks of the meta-graph that instanas trained, at most as slow as the mean
+of its images: the best on the held-out images with inherited weights, batch norms calibrated, is fine-tuned as long as
+instanas is. Test accuracies there are those of the meta-graph under these policies.
 
 What a folder holds already is not done again. `--measure` adds measured latencies (``latbench verify``) to finished
 searches; it wants a quiet machine. Figures are printed whichever way they fall.
@@ -51,6 +51,7 @@ from searchers.instanas_controller import Controller, policies_of
 from searchers.instanas_graph import MetaGraph, Routed
 from searchers.instanas_policies import Costs, Route
 from searchers.instanas_variants import examine, load_weights, snapshot
+from searchers.irlas import IRLAS
 from searchers.options import from_settings
 from searchers.random_search import RandomSearch, draw
 from searchers.train import Position, cosine, recalibrate
@@ -59,7 +60,7 @@ from searchers.world import Update, World, to_device
 PRESETS: Mapping[str, Mapping[str, Any]] = {  # beside the paper's options; --set overrides them
     "relativenas": {"evaluator": "naswot", "population": 12, "generations": 200},
     "irlas": {"evaluator": "naswot", "finalists": 1, "final_epochs": 1, "final_batch_size": 64, "final_lr": 0.01},
-    "instanas": {"cutout": 0.0},
+    "instanas": {"cutout": 0.0, "trials": 40},  # and five variants, each examined twice: as many as its rival's 50
 }
 NETWORKS = 16  # of instanas that are measured
 Figures = tuple[SearchResult, dict[str, Any]]
@@ -98,10 +99,11 @@ def searched(problem: Problem, name: str, given: argparse.Namespace) -> Figures:
     if name == "instanas":
         told = {"evaluations": given.evaluations, "judged": notes["accuracy"], "predicted_ms": notes["test"]["mean"][0]}
         return result, told | {"accuracy": notes["test"]["accuracy"]}
-    judged = open_evaluator(str(settings["evaluator"]), problem).evaluate(result.arch)  # on one scale for both
     evaluations = notes["evaluated"] if name == "irlas" else notes["evaluations"]
-    if name == "irlas" and settings["evaluator"] == "train":  # its finalists' epochs count as the rival's trainings
-        evaluations += round(len(notes["finalists"]) * settings["final_epochs"] / settings["epochs"])
+    if name == "irlas" and settings["evaluator"] == "train":
+        judged = notes["accuracy"]
+    else:
+        judged = open_evaluator(str(settings["evaluator"]), problem).evaluate(result.arch)  # on one scale for both
     return result, {"evaluations": evaluations, "judged": judged, "accuracy": trained(problem, result.arch, given)}
 
 
@@ -110,11 +112,26 @@ def rival(problem: Problem, found: SearchResult, row: Mapping[str, Any], given: 
     if found.searcher == "instanas":
         return single_networks(problem, found, given)
     settings = {**PRESETS[found.searcher], **dict(assignment(text) for text in given.settings)}
-    evaluations, epochs = row["evaluations"], int(settings.get("epochs", 1))
-    random = RandomSearch(evaluations, str(settings["evaluator"]), epochs=epochs, batch_size=given.batch_size)
-    result = random.search(problem)
+    if found.searcher == "irlas" and settings["evaluator"] == "train":
+        return random_blocks(problem, from_settings(IRLAS, settings), row["evaluations"], given)
+    result = RandomSearch(row["evaluations"], str(settings["evaluator"])).search(problem)
     figures = {"evaluations": result.notes["evaluations"], "judged": result.score}
     return result, figures | {"accuracy": trained(problem, result.arch, given)}
+
+
+def random_blocks(problem: Problem, options: IRLAS, n: int, given: argparse.Namespace) -> Figures:
+    """The best of as many random blocks as irlas trained, by its short trainings and then its finalists' training."""
+    evaluator = options._evaluator(problem)
+    drawn = draw(problem, n, np.random.default_rng((problem.seed, 0xD1CE)))
+    ranked = sorted(drawn.archs, key=lambda arch: -evaluator.evaluate(arch))
+    splits = Splits.of(problem, problem.space.num_classes, held_out=options.held_out)
+    finals = [(*options._final(problem, splits, arch, None), arch) for arch in ranked[: options.finalists]]
+    module, judged, arch = max(finals, key=lambda final: final[1])
+    searcher = RandomSearch(n, "train")
+    result = publish(
+        problem, searcher, module, World.here(), arch=arch, score=judged, history=(), notes={**drawn.notes}
+    )
+    return result, {"evaluations": n, "judged": judged, "accuracy": trained(problem, arch, given)}
 
 
 def single_networks(problem: Problem, found: SearchResult, given: argparse.Namespace) -> Figures:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from latbench.errors import UsageError
 from latbench.spaces.instanas import N_SUBSETS, SUBSETS
@@ -80,6 +81,12 @@ class Exam:
 
     policies: Tensor  # (N, L, 5) bool
     hits: Tensor  # (N,) bool
+    losses: Tensor  # (N,) nats
+
+    @property
+    def loss(self) -> float:
+        """Mean over images: tells variants apart where accuracies of some hundred images do not."""
+        return float(self.losses.double().mean())
 
     @property
     def accuracy(self) -> float:
@@ -91,14 +98,15 @@ class Exam:
 def examine(routed: Routed, batches: Batches, world: World) -> Exam:
     """Every image under its own policy."""
     routed.eval()
-    policies, hits = [], []
+    policies, hits, losses = [], [], []
     for images, labels in to_device(batches.epoch(0), world.device):
         with world.autocast():
             chosen = routed.route(images)
             logits = routed.graph(images, chosen)
         policies.append(chosen.cpu())
         hits.append((logits.argmax(-1) == labels).cpu())
-    return Exam(torch.cat(policies), torch.cat(hits))
+        losses.append(functional.cross_entropy(logits.float(), labels, reduction="none").cpu())
+    return Exam(torch.cat(policies), torch.cat(hits), torch.cat(losses))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +164,14 @@ class Examiner:
         return Variant(epoch, prices, own, kept, self.costs, (OPEN,) * len(self.costs.space.layers))
 
     def fixing(self, chosen: Variant, trials: int, rng: np.random.Generator) -> Variant:
-        """[E] The most accurate of so many variants of a variant that give all images one subset in some layers, or it.
+        """[E] Of so many variants of a variant that give all images one subset in some layers, and it, the one of the
+        smallest loss.
 
         In every other layer the controller decides, at prices that keep the budgets. What is tried is the most
         promising of what is drawn (``foresight``), half of it near the best so far.
         """
         probs, n = self._probabilities(chosen.epoch), len(chosen.fixed)
-        known, best = {chosen.fixed: -chosen.kept.accuracy}, chosen
+        known, best = {chosen.fixed: chosen.kept.loss}, chosen
         for _ in range(trials):
             drawn = rng.integers(N_SUBSETS, size=(DRAWN, n))
             drawn[rng.random(drawn.shape) < rng.random((DRAWN, 1))] = OPEN
@@ -175,8 +184,8 @@ class Examiner:
             fixed = new[promising(asked, np.array(list(known.values())), candidates)[0]]
             prices = self.costs.settle(probs, fixed)
             kept = self.settled(prices)
-            known[fixed] = -kept.accuracy
-            if kept.accuracy > best.kept.accuracy:
+            known[fixed] = kept.loss
+            if kept.loss < best.kept.loss:
                 best = replace(chosen, prices=prices, kept=kept, fixed=fixed)
         return best
 
