@@ -18,9 +18,9 @@ Differs from the paper and its released code:
 * A latency is that of a subset of modules as the table has it; theirs adds up modules (``latency=modules``).
 * Variants are told apart on images held out from training; theirs looks at the test set. Their batch norms are
   calibrated under MAP policies before they are compared.
-* [E] Where a layer does not repay a choice per image, all images get one subset there: `trials` such variants of the
-  best one are compared before it is fine-tuned. With few images the controller's reward is mostly latency, and some
-  single networks are more accurate than what it chooses.
+* [E] Where a layer does not repay a choice per image, all images may get one subset there: `trials` such variants of
+  the best one are compared by their loss before it is fine-tuned. With few images the controller's reward is mostly
+  latency, and some single networks are more accurate than what it chooses; then that is the answer.
 * Shorter by default: 20 + 41 + 10 epochs, theirs 164 + 501 + 300, of batches 64, 32 and 64 (theirs 256).
 * Pretraining drops modules as the search does, with module 4 in a first layer that loses all; theirs gives zeros.
 * One normalisation of colours. The meta-graph's weights start as torch has them. Every draw is seeded.
@@ -95,7 +95,7 @@ class InstaNAS:
     latency: Literal["subsets", "modules"] = "subsets"  # what rewards read: measured sets of modules, or their sums
     cutout: float = 0.5  # side of the square that is cut out of training images below 96 pixels; 0: none
     variants: int = 5  # snapshots along the search
-    trials: int = 50  # [E] of the best one, variants with one subset for all images in some layers; 0: none
+    trials: int = 0  # [E] of the best one, variants with one subset for all images in some layers; 50 for few images
     pretrain_epochs: int = 20
     pretrain_batch_size: int = 64
     pretrain_lr: float = 0.01  # a tenth from half of the epochs on, a hundredth from three quarters

@@ -42,6 +42,7 @@ FORBIDDEN = 1e9  # a price that no log-probability pays
 OPEN = N_SUBSETS  # of a layer: no subset for all images, the controller decides
 LEAST_PROB = 1e-6  # of what a price is weighed against
 TOLD = 32  # policies that the notes name
+BINS = 40  # of a histogram
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -301,7 +302,9 @@ def draw_latencies(path: Path, latencies: NDArray[np.float64], targets: Sequence
     figure = Figure(figsize=(6, 2.6 * len(latencies)), layout="constrained")
     axes = figure.subplots(len(latencies), 1, squeeze=False)[:, 0]
     for axis, row, target, unit in zip(axes, latencies, targets, units, strict=True):
-        axis.hist(row, bins=min(40, max(1, len(np.unique(row)))), color="tab:blue", alpha=0.7)
+        low, high = min(row.min(), target), max(row.max(), target)
+        margin = 0.05 * (high - low) or 0.05 * high
+        axis.hist(row, bins=np.linspace(low - margin, high + margin, BINS + 1), color="tab:blue", alpha=0.7)
         axis.axvline(row.mean(), color="tab:orange", label=f"mean {row.mean():.4g}")
         axis.axvline(target, color="black", linestyle="--", label=f"target {target:.4g}")
         axis.set_xlabel(f"predicted {unit} of an image's network")

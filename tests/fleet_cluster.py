@@ -39,6 +39,8 @@ class Cluster:
         head = ["--head", f"--port={port}", f"--ray-client-server-port={client_port}", f"--temp-dir={self.folder}"]
         words = [f"--address={self.address}"] if self.groups else [*head, "--include-dashboard=false"]
         self._start([*words, "--node-ip-address=127.0.0.1"], devices)
+        if len(self.groups) == 1:
+            wait_for(int(client_port))  # `ray start` returns before its clients' server listens
 
     def _start(self, words: Sequence[str], devices: Sequence[str]) -> None:
         resources = json.dumps({PREFIX + name: 1 for name in devices})
@@ -104,6 +106,16 @@ def parent(pid: int) -> int:
     with contextlib.suppress(OSError):
         return int((Path(f"/proc/{pid}/stat")).read_text().rpartition(")")[2].split()[1])
     return 0
+
+
+def wait_for(port: int, limit_s: float = 120.0) -> None:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"nobody listens on port {port} after {limit_s:g} s")
 
 
 def free_ports(n: int) -> list[int]:
