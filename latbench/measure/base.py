@@ -23,7 +23,8 @@ class SamplingPlan:
     A row is measured in *blocks* of samples: each block loads the model anew, warms it up and samples for `block_s`.
     `rounds` blocks are taken in each of `runs` worker processes, interleaved with the blocks of other rows; more
     follow while the criterion asks for them and `max_time_s` of timed inference is not spent. Networks and chains get a
-    process for each block, on a host's clock `alone_processes` at least, and the quietest quarter of these counts.
+    process for each block. On a host's clock neighbours only add time: the lower half of a row's blocks counts, and of
+    networks and chains the quietest quarter of `alone_processes` or more processes; on a device's own the median does.
     """
 
     criterion: Literal["ci-median", "stdrel", "samples", "duration"] = "ci-median"
@@ -40,7 +41,7 @@ class SamplingPlan:
     warmup_runs: int = 2
     max_warmup_s: float = 0.5
     timer_share: float = 0.001  # of a sample that reading the clock may cost; sets `repeat`
-    alone_processes: int = 12  # of a network or chain; the quietest quarter counts; 0: as of blocks, and their median
+    alone_processes: int = 12  # of a network or chain; 0: as many as blocks, and the median of either counts
     sweep_bytes: int = 0  # other memory read between two inferences; 0: the caches stay warm
     load_limit_s: float = 120.0  # limits per stage: past them the worker is killed and the row says where
     warmup_limit_s: float = 60.0

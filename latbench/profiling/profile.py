@@ -72,7 +72,8 @@ class Target:
     @property
     def policy(self) -> dict[str, Any]:
         """Every measurement option."""
-        return {**asdict(self.plan), "context": self.context, "fold_bn": self.fold_bn}
+        counts = "lower half" if self.plan.alone_processes else "median"
+        return {**asdict(self.plan), "context": self.context, "fold_bn": self.fold_bn, "estimate": counts}
 
     def launcher(self) -> LocalLauncher:
         simulated = self.backend_class.clock == "model"
@@ -166,12 +167,16 @@ def wanted(
 
 
 def sampled(space: SearchSpace, n: int, seed: int) -> list[Arch]:
-    """`n` distinct architectures, or all there are where the space is smaller."""
+    """Architectures of `n` distinct networks, or of all there are where the space has fewer."""
     rng = np.random.default_rng(seed)
-    archs: dict[Arch, None] = {}
-    while len(archs) < min(n, space.size):
-        archs[space.sample(rng)] = None
-    return list(archs)
+    archs: dict[str, Arch] = {}  # by network: NAS-Bench-201 can spell some in several ways
+    drawn: set[Arch] = set()
+    while len(archs) < n and len(drawn) < space.size:
+        arch = space.sample(rng)
+        if arch not in drawn:
+            drawn.add(arch)
+            archs.setdefault(space.network(arch).key, arch)
+    return list(archs.values())
 
 
 def median_weight_bytes(space: SearchSpace) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from latbench.measure.base import Measurement, SamplingPlan
-from latbench.measure.statistics import CRITERIA, PROCESS_TERM, Estimate, estimate, percentile, quietest
+from latbench.measure.statistics import CRITERIA, PROCESS_TERM, Estimate, estimate, percentile, quieter_half, quietest
 from latbench.tables import Row
 
 THROTTLED = 1 / 0.9  # probe time over the session's beyond which a block ran at less than 90 % of the clock
@@ -57,9 +57,10 @@ class Progress:
     def estimates(self) -> tuple[Estimate, Estimate]:
         """As measured, and at the session's reference clock with the interval of later processes."""
         raw, reference = [b.samples_ms for b in self.used], [self.at_reference(b) for b in self.used]
-        if not self.by_process:
+        if not self.plan.alone_processes:
             return estimate(raw), estimate(reference, process_term=PROCESS_TERM)
-        chosen, found = quietest(reference, process_term=PROCESS_TERM)
+        quiet = quietest if self.by_process else quieter_half
+        chosen, found = quiet(reference, process_term=PROCESS_TERM)
         ms = float(np.mean([np.median(raw[i]) for i in chosen]))
         return Estimate(ms, ms, ms), found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,13 @@ def method(provenance: Provenance) -> str:
     block_ms, most = 1e3 * float(p.get("block_s", 0.005)), float(p.get("max_time_s", 1.0))
     words = [
         f"Each row was sampled in blocks of about {block_ms:g} ms, {p['rounds']} in each of {p.get('runs', 1)} worker "
-        "processes, interleaved with the other rows; its latency is the median of the block medians, its interval "
+        f"processes, interleaved with the other rows; its latency is {_counted(p)} of the block medians, its interval "
         "comes from the spread between blocks and processes."
     ]
+    if p.get("alone_processes"):
+        words.append(
+            f"Networks and chains of blocks had {p['alone_processes']} processes each: the quietest quarter counts."
+        )
     if p.get("criterion") == "ci-median":
         words.append(
             f"Measuring went on until the {100 * float(p.get('confidence', 0.95)):g} % interval was "
@@ -85,6 +89,11 @@ def method(provenance: Provenance) -> str:
     if provenance.clock_ref_us:
         words.append("Latencies are stated at the session's reference clock.")
     return " ".join(words)
+
+
+def _counted(policy: Mapping[str, Any]) -> str:
+    """Of a row's block medians, by ``profiling.profile.Target.policy``; tables of before say nothing of it."""
+    return "the mean of the lower half" if policy.get("estimate") == "lower half" else "the median"
 
 
 def machine(provenance: Provenance) -> str:
@@ -143,7 +152,7 @@ def citation(table: LatencyTable) -> str:
     how = ""
     if "rounds" in p.policy:
         n_samples, n_blocks = found["n_samples"].median(), found["n_blocks"].median()
-        how = f"; medians of block medians (policy {p.policy_id}"
+        how = f"; {_counted(p.policy)} of block medians (policy {p.policy_id}"
         how += f", {n_samples:.0f} samples in {n_blocks:.0f} blocks per row at the median)" if len(found) else ")"
     if len(shares):
         confidence = 100 * float(p.policy.get("confidence", 0.95))

@@ -33,7 +33,7 @@ class Row:
     arch: tuple[int, ...] | None = None  # of networks: one option index per decision
     macs: int | None = None
     n_params: int | None = None
-    latency_ms: float | None = None  # as measured: median over blocks; of networks, chains: the quietest processes
+    latency_ms: float | None = None  # as measured, of the blocks that count: see measure.base.SamplingPlan
     latency_ref_ms: float | None = None  # at Provenance.clock_ref_us; None where the device has no probe
     ci_low_ms: float | None = None  # interval of latency_ref_ms, else of latency_ms
     ci_high_ms: float | None = None

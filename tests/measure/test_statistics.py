@@ -16,7 +16,15 @@ from scipy.stats import binom, norm
 
 from latbench.errors import UsageError
 from latbench.measure.base import Measurement, SamplingPlan
-from latbench.measure.statistics import CRITERIA, PROCESS_TERM, estimate, median_interval, percentile, quietest
+from latbench.measure.statistics import (
+    CRITERIA,
+    PROCESS_TERM,
+    estimate,
+    median_interval,
+    percentile,
+    quieter_half,
+    quietest,
+)
 from latbench.profiling.rows import Progress, finish
 from latbench.profiling.session import EXTRA_ROUNDS
 from latbench.tables import Row
@@ -178,6 +186,29 @@ def test_the_quietest_processes_of_another_session_lie_within_the_interval(n: in
         assert found.value == pytest.approx(one[chosen].mean())
         inside.append(found.low <= quietest([[ms] for ms in other])[1].value <= found.high)
     assert 0.94 < np.mean(inside) < 0.97
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_the_quieter_half_of_another_session_lies_within_the_interval_more_often_than_its_median(n: int) -> None:
+    rng = np.random.default_rng(n)
+    quiet, median = [], []
+    for one, other in 1 + 0.05 * rng.exponential(size=(4000, 2, n)):
+        chosen, found = quieter_half([[ms] for ms in one])
+        assert sorted(one[chosen]) == sorted(one)[: max(1, n // 2)]
+        assert found.value == pytest.approx(one[chosen].mean())
+        around = estimate([[ms] for ms in one])
+        assert found.high - found.low == pytest.approx(around.high - around.low)
+        quiet.append(found.low <= quieter_half([[ms] for ms in other])[1].value <= found.high)
+        median.append(around.low <= np.median(other) <= around.high)
+    assert np.mean(quiet) > 0.91
+    assert np.mean(quiet) > np.mean(median) + 0.02
+
+
+def test_the_quieter_half_of_one_block_is_its_median() -> None:
+    assert quieter_half([[1.0, 2.0, 4.0]]) == ([0], estimate([[1.0, 2.0, 4.0]]))
+    assert quieter_half([[], [3.0, 3.0], [2.0, 2.0]])[0] == [2]
+    with pytest.raises(ValueError, match="no samples"):
+        quieter_half([[], []])
 
 
 def test_the_quietest_of_one_process_is_its_median() -> None:

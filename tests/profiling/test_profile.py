@@ -19,9 +19,12 @@ from latbench import __version__
 from latbench.errors import ProvenanceConflictError, SchemaMismatchError, TableBusyError, UsageError
 from latbench.measure.base import Measurement, Request, SamplingPlan
 from latbench.measure.launcher import LocalLauncher
+from latbench.oracle.lut import LutOracle
 from latbench.profiling import Target, duration_s, profile, wanted
 from latbench.profiling.jobs import jobs_of
+from latbench.profiling.profile import sampled
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.spool import Spool
 from latbench.tables import LatencyTable, Row
 
@@ -221,6 +224,17 @@ def test_missing_rows_are_counted_per_context(tmp_path: Path) -> None:
     assert profile(SPACE, both, out, budget_s=0.0).n_missing == len(SPACE.all_blocks())
 
 
+def test_as_many_distinct_networks_are_measured_as_asked_for(tmp_path: Path) -> None:
+    space = NASBench201Space(num_cells=1)
+    whole = profile(space, ROOFLINE, tmp_path / "t.parquet", networks=120).table
+    table = whole.select(kind="network")
+    assert len({row.key for row in table.rows()}) == len(table) == 120
+    archs, ms = whole.networks()
+    spelled = float(np.abs(LutOracle.fit(whole).latencies(archs) / ms - 1).mean())
+    assert 3 * whole.notes["additivity"]["mape"] < spelled  # of what runs: blocks that nothing reads do not
+    assert len(sampled(MobileNetV1Space(levels=1), 5, 0)) == 1  # all there are
+
+
 def test_provenance_says_everything_a_reader_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/latbench", "profile", "--space", "mobilenet_v1", "-o", "a b.parquet"])
     about = profile(SPACE, REAL, tmp_path / "t.parquet", only=sorted(SPACE.all_blocks())[0]).table.provenance
@@ -229,7 +243,7 @@ def test_provenance_says_everything_a_reader_needs(tmp_path: Path, monkeypatch: 
     assert about.space == "mobilenet_v1"
     assert about.settings == SPACE.settings()
     assert about.options == {"threads": 1}
-    assert about.policy == {**asdict(PLAN), "context": "sandwich", "fold_bn": True}
+    assert about.policy == {**asdict(PLAN), "context": "sandwich", "fold_bn": True, "estimate": "lower half"}
     assert set(about.versions) == {"latbench", "onnx", "python", "onnxruntime"}
     assert about.versions["latbench"] == __version__
     assert about.versions["python"] == platform.python_version()
