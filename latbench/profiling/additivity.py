@@ -24,8 +24,9 @@ def additivity(table: LatencyTable, space: FactoredSpace, context: str) -> dict[
     blocks = table.select(kind="block", context=context).blocks_ms()
     archs, measured = table.networks()
     sums, kept, n_params = [], [], []
-    for arch, ms in zip(archs.tolist(), measured, strict=True):
-        parts = list(space.blocks(tuple(arch)))
+    for spelled, ms in zip(archs.tolist(), measured, strict=True):
+        arch = space.canonical(tuple(spelled))  # blocks that nothing reads are not in the network
+        parts = list(space.blocks(arch))
         if all(block.key in blocks for block in parts):
             sums.append(sum(blocks[block.key] for block in parts))
             kept.append((arch, ms))

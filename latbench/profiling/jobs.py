@@ -149,10 +149,14 @@ def jobs_of(
 ) -> list[Job]:
     """Every distinct block of a factored space in the contexts asked for, its chains, their stubs, and the networks.
 
-    Two blocks that run as one graph (they differ in what folding removes) stay two jobs with one `key`.
+    Two blocks that run as one graph (they differ in what folding removes) stay two jobs with one `key`. Architectures
+    of one and the same network are one job, the first one's.
     """
     jobs: list[Job] = list(_blocks(space, context, fold_bn, with_chains)) if isinstance(space, FactoredSpace) else []
-    jobs += [_network(space, arch, fold_bn) for arch in dict.fromkeys(networks)]
+    whole: dict[str, Job] = {}
+    for job in (_network(space, arch, fold_bn) for arch in dict.fromkeys(networks)):
+        whole.setdefault(job.row.key, job)
+    jobs += whole.values()
     if not jobs:
         raise UsageError(f"{space.name} has no blocks that can be measured apart: ask for networks (--networks N)")
     return jobs

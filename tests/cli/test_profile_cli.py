@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click import Context
 from click.testing import CliRunner, Result
 
 from latbench.cli import cli
 from latbench.cli.target import assignment
 from latbench.errors import UsageError
-from latbench.oracle.sampling import choose
+from latbench.oracle.sampling import METHODS, choose
 from latbench.profiling.jobs import jobs_of
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable
@@ -76,6 +77,11 @@ def test_only_one_key(tmp_path: Path) -> None:
     key = next(iter(MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10).all_blocks()))
     summary = json.loads(run(*ROOFLINE, "--only", key[:10], "--json", "-o", tmp_path / "t.parquet").stdout)
     assert summary["wanted"] == 2  # the stem and its stub
+
+
+def test_every_method_of_sampling_is_offered() -> None:
+    (option,) = (p for p in cli.get_command(Context(cli), "profile").params if p.name == "sampling")
+    assert tuple(option.type.choices) == METHODS
 
 
 @pytest.mark.parametrize("method", ["biased", "d_optimal"])

@@ -16,6 +16,7 @@ from latbench.measure.base import COLD_SWEEP_BYTES, SamplingPlan
 from latbench.profiling.jobs import GraphJob, OnnxJob, chunks, estimate_s, jobs_of
 from latbench.spaces.base import Arch, Decision, SearchSpace
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
+from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import Row
 
 SPACE = MobileNetV1Space(resolution=32, levels=2, max_width=0.75, num_classes=10)
@@ -76,6 +77,13 @@ def test_a_space_without_blocks_is_measured_as_networks() -> None:
     assert job.row.kind == "network"
     with pytest.raises(UsageError, match=r"whole has no blocks .* ask for networks"):
         jobs_of(Whole())
+
+
+def test_architectures_of_one_network_are_one_job() -> None:
+    space = NASBench201Space(num_cells=1)
+    spelled = [(3, 0, 0, 1, 0, 0), (0, 0, 0, 1, 0, 0), (3, 0, 0, 2, 0, 0)]  # nothing reads the first node
+    jobs = [job for job in jobs_of(space, networks=spelled) if job.row.kind == "network"]
+    assert [job.row.arch for job in jobs] == [spelled[0], spelled[2]]
 
 
 def test_chunks_hold_every_job_once_with_its_stubs_not_later() -> None:
