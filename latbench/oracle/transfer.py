@@ -3,8 +3,9 @@
 The new device's latency is a sum of ingredients: other devices' latencies (each first made a function of the
 architecture, ``transfer_sources``), physical quantities of the blocks, and a free effect per option. How much of each
 the measurements speak for is averaged over models (``transfer_blend``), among them those without any source, which win
-where the sources mislead (a phone from GPUs). The result is a sum over scopes again, and so answers as every
-``FactorOracle`` does.
+where the sources mislead (a phone from GPUs). Where a device has almost no noise, ``LearnedOracle`` on its own networks
+may be better still: a share of it, as a sum, is mixed in, as large as predictions for networks left out ask for. The
+result is a sum over scopes again, and so answers as every ``FactorOracle`` does.
 
 Related: Lee et al. 2021 (HELP) and Dudziak et al. 2020 (BRP-NAS) adapt networks across devices; Akhauri and Abdelfattah
 2024 (NASFLAT) pretrain on them. A linear model with averaged scales needs no pretraining.
@@ -25,14 +26,25 @@ from latbench.oracle.base import Floats, check_archs, space_of
 from latbench.oracle.conformal import Conformal
 from latbench.oracle.factors import Factor, FactorOracle
 from latbench.oracle.features import Additive, View, physical, views
+from latbench.oracle.learned import LearnedOracle, left_out
 from latbench.oracle.transfer_blend import Ingredient, blend
-from latbench.oracle.transfer_sources import LOWEST, MAX_TABULATED, device_of, main_effects, positive, source_model
+from latbench.oracle.transfer_sources import (
+    LOWEST,
+    MAX_TABULATED,
+    device_of,
+    main_effects,
+    nearest_sum,
+    positive,
+    source_model,
+)
 from latbench.provenance import Provenance
 from latbench.spaces.base import SearchSpace
 from latbench.tables import LatencyTable
 
 MIN_NETWORKS = 3  # of the new device
 _REFERENCE = 2000  # random architectures over which ingredients are scaled
+_SAMPLES = 4000  # of what is fitted without sources, as a sum
+_DOUBT = 7.0  # measurements' worth of belief that sources do not mislead; chosen on HELP's latencies
 
 Source = LatencyTable | FactorOracle
 
@@ -44,6 +56,7 @@ class TransferOracle(FactorOracle):
     name: ClassVar[str] = "transfer"
 
     chances: Mapping[str, float] = field(default_factory=dict)  # ingredient -> posterior probability that it matters
+    share: float = 0.0  # of what was learned on the new device alone
 
     @classmethod
     def fit(cls, table: LatencyTable, *, sources: Sequence[Source] = (), seed: int = 0) -> TransferOracle:
@@ -72,24 +85,31 @@ class TransferOracle(FactorOracle):
             *(t.factors(level * c) for t, c in zip(terms, found.coefficients, strict=True)),
         )
         raw = FactorOracle(space, factors, table.provenance)
-        left_out = np.maximum(level * found.left_out, LOWEST * ms.min())
+        factors, lowest = positive(raw, LOWEST * float(ms.min())), LOWEST * ms.min()
+        alone = LearnedOracle.fit(table, calibrated=False)
+        share, predicted = _mix(np.maximum(level * found.left_out, lowest), left_out(alone)[False][0], ms)
+        if share:
+            parts = FactorOracle(space, factors, table.provenance), _sum(alone)
+            factors = _collect(*(part.scaled(by).factors for part, by in zip(parts, (1 - share, share), strict=True)))
         return cls(
             space,
-            positive(raw, LOWEST * float(ms.min())),
+            factors,
             table.provenance,
-            calibration=Conformal.of(left_out, ms),
+            calibration=Conformal.of(predicted, ms),
             chances={t.name: float(chance) for t, chance in zip(terms, found.chances, strict=True)},
+            share=share,
         )
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         arrays, meta = super().state()
-        return arrays, {**meta, "chances": dict(self.chances)}
+        return arrays, {**meta, "chances": dict(self.chances), "share": self.share}
 
     @classmethod
     def from_state(
         cls, space: SearchSpace, provenance: Provenance, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]
     ) -> TransferOracle:
-        return replace(super().from_state(space, provenance, arrays, meta), chances=dict(meta["chances"]))
+        made = super().from_state(space, provenance, arrays, meta)
+        return replace(made, chances=dict(meta["chances"]), share=float(meta.get("share", 0.0)))
 
 
 class _Prior(NamedTuple):
@@ -224,6 +244,29 @@ def _reference(space: SearchSpace) -> NDArray[np.int64]:
     """(_REFERENCE, D) random architectures, always the same."""
     rng = np.random.default_rng(0)
     return np.array([space.sample(rng) for _ in range(_REFERENCE)], np.int64)
+
+
+def _mix(transferred: Floats, alone: Floats, ms: Floats) -> tuple[float, Floats]:
+    """(N,) predictions with and without sources for networks left out, and their latencies -> the share of the latter,
+    by ridge on relative errors, and (N,) the mixtures, each with the share that the others ask for."""
+    with_sources, difference = transferred / ms - 1, (alone - transferred) / ms
+    products, squares = -with_sources * difference, difference**2
+    held = _DOUBT * float((with_sources**2).mean())
+
+    def share(product: Any, square: Any) -> Any:
+        return np.clip(np.divide(product, square + held + np.finfo(float).tiny), 0.0, 1.0)
+
+    total = float(share(products.sum(), squares.sum()))
+    return total, transferred + share(products.sum() - products, squares.sum() - squares) * (alone - transferred)
+
+
+def _sum(oracle: LearnedOracle) -> FactorOracle:
+    """The nearest sum over scopes; of a small space it is exact."""
+    if oracle.tabulated is not None:
+        return oracle.tabulated
+    rng = np.random.default_rng(0)
+    archs = np.unique([oracle.space.sample(rng) for _ in range(_SAMPLES)], axis=0)
+    return nearest_sum(oracle.space, oracle.provenance, archs, oracle.latencies(archs))
 
 
 def _collect(*groups: Iterable[Factor]) -> tuple[Factor, ...]:

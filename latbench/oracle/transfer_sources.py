@@ -119,11 +119,16 @@ def source_model(table: LatencyTable) -> FactorOracle:
         raise TableError(
             f"source {name} has a network of {ms.min():g} ms: latencies must be positive; measure it again"
         )
+    return nearest_sum(space, table.provenance, check_archs(space, archs), ms)
+
+
+def nearest_sum(space: SearchSpace, provenance: Provenance, archs: NDArray[np.int64], ms: Floats) -> FactorOracle:
+    """(N, D) architectures and their (N,) latencies, positive -> a sum over ``source_basis``."""
     basis = source_basis(space)
     level = float(np.median(ms))
-    constant, coefficients = robust_ridge(basis.design(check_archs(space, archs)), ms / level)
+    constant, coefficients = robust_ridge(basis.design(archs), ms / level)
     factors = (Factor("level", (), np.array(constant * level)), *basis.factors(coefficients * level, "effect"))
-    raw = FactorOracle(space, factors, table.provenance)
+    raw = FactorOracle(space, factors, provenance)
     return replace(raw, factors=positive(raw, LOWEST * float(ms.min())))
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from latbench.errors import TableError, UsageError
+from latbench.oracle import transfer
 from latbench.oracle.conformal import coverage
 from latbench.oracle.factors import Factor, FactorOracle
-from latbench.oracle.transfer import TransferOracle
+from latbench.oracle.learned import LearnedOracle
+from latbench.oracle.transfer import TransferOracle, _mix
 from latbench.oracle.transfer_blend import Ingredient, blend
 from latbench.oracle.transfer_sources import positive, source_model
 from latbench.provenance import Provenance
@@ -134,6 +136,52 @@ def test_misleading_sources_do_no_harm():
         misled = TransferOracle.fit(few, sources=[table(reversed_of(truth(9)), 400), shuffled(table(truth(8), 400))])
         ratios.append(mape(misled, device) / mape(alone, device))
     assert np.mean(ratios) < 1.1
+
+
+def by_kind(seed):
+    """A device without whims: what it takes is settled by MACs and kinds, so a few networks tell all."""
+    space, rng = NASBench201Space(num_cells=1), np.random.default_rng(seed)
+    launch, price = rng.uniform(0.05, 0.3), rng.uniform(1e-8, 2e-7)
+    macs = FactorOracle.counting(space, "macs").factors
+    values = [launch * (f.values > 0) + price * f.values for f in macs]
+    factors = [Factor(f.site, f.scope, v) for f, v in zip(macs, values, strict=True)]
+    return FactorOracle(space, (*factors, Factor("level", (), np.array(launch))), provenance(f"plain {seed}", space))
+
+
+def test_where_sources_only_add_noise_the_networks_alone_are_mixed_in(monkeypatch):
+    device = by_kind(1)
+    few = table(device, 25, noise=0.0005)
+    noisy = [table(by_kind(seed), 60, seed, noise=0.3) for seed in (2, 3)]
+    mixed, alone = TransferOracle.fit(few, sources=noisy), LearnedOracle.fit(few)
+    monkeypatch.setattr(transfer, "_DOUBT", 1e9)
+    unmixed = TransferOracle.fit(few, sources=noisy)
+    assert unmixed.share < 1e-6
+    assert mixed.share > 0.5
+    assert mape(alone, device) < mape(mixed, device) < 0.6 * mape(unmixed, device)
+    arrays, meta = mixed.state()
+    assert TransferOracle.from_state(mixed.space, mixed.provenance, arrays, meta).share == mixed.share
+
+
+def test_a_model_of_before_shares_were_mixed_is_read(fbnet):
+    arrays, meta = fbnet.state()
+    del meta["share"]
+    assert TransferOracle.from_state(fbnet.space, fbnet.provenance, arrays, meta).share == 0
+
+
+def test_shares_follow_the_errors_of_networks_left_out():
+    rng = np.random.default_rng(0)
+    ms = rng.uniform(1, 2, 40)
+    good, bad = ms * (1 + 0.001 * rng.standard_normal(40)), ms * (1 + 0.1 * rng.standard_normal(40))
+    share, mixed = _mix(bad, good, ms)
+    assert share > 0.8
+    assert np.abs(mixed / ms - 1).mean() < 0.2 * np.abs(bad / ms - 1).mean()
+    share, mixed = _mix(good, bad, ms)
+    assert share < 0.01
+    assert np.abs(mixed / good - 1).max() < 0.003
+    alike = ms * (1 + 0.01 * rng.standard_normal((2, 4000))[:, :40])
+    assert 0.2 < _mix(*alike, ms)[0] < 0.6  # two as good: the mean, less the belief in sources
+    share, mixed = _mix(ms, ms, ms)
+    assert (share, mixed.tolist()) == (0, ms.tolist())
 
 
 def test_intervals_cover_what_was_not_measured():
