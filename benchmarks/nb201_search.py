@@ -201,8 +201,7 @@ class QLearning:
             kept = violations((constraint,), np.array(drawn, np.int64)) <= TOLERANCE
             spelled = {lookups.space.canonical(arch): arch for arch, keeps in zip(drawn, kept, strict=True) if keeps}
             new = [arch for network, arch in spelled.items() if network not in asked]
-            shown, candidates = (np.array(list(archs), np.int64).reshape(-1, 6) for archs in (known, new))
-            order = promising(shown, -np.array(list(known.values())), candidates)
+            order = promising({arch: -reward for arch, reward in known.items()}, new)
             return [new[i] for i in order[: self.samples]] or list(drawn[: self.samples])
 
         for i in range(self.iterations):

@@ -13,7 +13,9 @@ from latbench import devices, plugins
 from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
 from latbench.measure.base import SamplingPlan
 from latbench.oracle.base import Constraint
+from latbench.oracle.calibrated import CalibratedOracle
 from latbench.oracle.factors import FactorOracle
+from latbench.oracle.learned import LearnedOracle
 from latbench.profiling.bench import BENCH_PLAN, Model, bench, read_model
 from latbench.profiling.profile import Target
 from latbench.profiling.session import Reporter
@@ -89,13 +91,14 @@ def until_met(
     reporter: Reporter | None = None,
 ) -> list[list[Verified]]:
     """``verify``; while a target is missed, or a prediction further than `within` from its measurement, corrects that
-    oracle by measured / predicted and lets the searcher select again from what it trained: a network that misses is
-    too slow, one that was predicted too slow leaves some of the budget unused.
+    oracle by the measurement and lets the searcher select again from what it trained: a network that misses is too
+    slow, one that was predicted too slow leaves some of the budget unused. Oracles are scaled by measured / predicted;
+    a learned one is fitted anew with the measured network.
 
     Gives the rounds, `rounds` at most, the last one kept in the folder. Where none but an earlier one met all targets,
     the nearest of these is selected again, and stands last a second time.
 
-    Raises also UsageError where an oracle is no sum of factors, InfeasibleTargetError where nothing is left.
+    Raises also UsageError where an oracle cannot be corrected, InfeasibleTargetError where nothing is left.
     """
     from searchers.results import note, read_result
 
@@ -104,8 +107,9 @@ def until_met(
 
     done, asked = [verify(folder, plan=plan, reporter=reporter)], [read_result(folder).problem.constraints]
     while not all(map(settled, done[-1])) and len(done) < rounds:
+        arch = read_result(folder).result.arch
         constraints = tuple(
-            constraint if settled(one) else _corrected(constraint, one.measured / one.predicted)
+            constraint if settled(one) else _corrected(constraint, arch, one)
             for constraint, one in zip(asked[-1], done[-1], strict=True)
         )
         _select_again(folder, constraints)
@@ -131,13 +135,15 @@ def _select_again(folder: Path, constraints: tuple[Constraint, ...]) -> None:
     from_settings(kind, found.settings).search(replace(found.problem, constraints=constraints))
 
 
-def _corrected(constraint: Constraint, ratio: float) -> Constraint:
-    """The constraint by an oracle whose every figure is `ratio` times what it was."""
+def _corrected(constraint: Constraint, arch: Arch, told: Verified) -> Constraint:
+    """The constraint by an oracle that knows of the measurement: every figure measured / predicted times what it was,
+    or fitted anew where networks are all that it was fitted to."""
     oracle = constraint.oracle
-    if not isinstance(oracle, FactorOracle):
-        raise UsageError(f"{type(oracle).__name__} is no sum of factors, so one measurement cannot correct it")
-    factors = tuple(replace(factor, values=factor.values * ratio) for factor in oracle.factors)
-    return replace(constraint, oracle=replace(oracle, factors=factors))
+    if isinstance(oracle, LearnedOracle):
+        return replace(constraint, oracle=oracle.seen(arch, told.measured))
+    if isinstance(oracle, FactorOracle | CalibratedOracle):
+        return replace(constraint, oracle=oracle.scaled(told.measured / told.predicted))
+    raise UsageError(f"one measurement cannot correct a {type(oracle).__name__}")
 
 
 def _mean(

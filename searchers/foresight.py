@@ -11,10 +11,15 @@ falls from 0.38 of random search's to 0.00, hopeful Q-learning's from 0.44 to 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.stats import norm, rankdata
+
+from latbench.spaces.base import Arch
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -25,15 +30,22 @@ REACH = 0.5  # share of differing decisions over which the joint part falls to 1
 MAX_KNOWN = 1000  # the latest networks, where more were asked for: the work is cubic in them
 
 
-def promising(known: Ints, losses: Floats, candidates: Ints) -> Ints:
+def promising(known: Mapping[Arch, float], candidates: Sequence[Arch]) -> list[int]:
     """Indices of the candidates, that with the best prospects first.
 
-    (N, D) option indices and (N,) losses, the lower the better, none of which must be finite; (M, D) -> (M,). With
-    fewer than two losses nothing is known, and the order stays.
+    `known`: losses of networks in the order in which they were asked for, the lower the better, none of which must be
+    finite. With fewer than two of them the candidates' order stays.
     """
-    known, losses = known[-MAX_KNOWN:], losses[-MAX_KNOWN:]
-    if len(losses) < 2 or not len(candidates):
-        return np.arange(len(candidates))
+    if len(known) < 2 or not candidates:
+        return list(range(len(candidates)))
+    latest = list(islice(known.items(), max(0, len(known) - MAX_KNOWN), None))
+    asked, losses = (np.array(part) for part in zip(*latest, strict=True))
+    order: list[int] = _order(asked, losses, np.array(candidates)).tolist()
+    return order
+
+
+def _order(known: Ints, losses: Floats, candidates: Ints) -> Ints:
+    """(N, D) option indices, (N,) losses, (M, D) -> (M,)."""
     ranks = rankdata(np.where(np.isfinite(losses), losses, np.inf))
     scores = norm.ppf((ranks - 0.5) / len(ranks))
     system = _covariance(known, known)

@@ -170,6 +170,8 @@ class Examiner:
         In every other layer the controller decides, at prices that keep the budgets. What is tried is the most
         promising of what is drawn (``foresight``), half of it near the best so far.
         """
+        if not trials:
+            return chosen
         probs, n = self._probabilities(chosen.epoch), len(chosen.fixed)
         known, best = {chosen.fixed: chosen.kept.loss}, chosen
         for _ in range(trials):
@@ -180,8 +182,7 @@ class Examiner:
             new = [row for row in rows if row not in known and self.costs.affords(row)]
             if not new:
                 break
-            asked, candidates = (np.array(list(found), np.int64) for found in (known, new))
-            fixed = new[promising(asked, np.array(list(known.values())), candidates)[0]]
+            fixed = new[promising(known, new)[0]]
             prices = self.costs.settle(probs, fixed)
             kept = self.settled(prices)
             known[fixed] = kept.loss

@@ -141,7 +141,8 @@ class IRLAS:
         splits = Splits.of(problem, space.num_classes, held_out=self.held_out)
         world, identity = World.here(), self._identity(problem, world_size=World.here().size)
         evaluator = self._evaluator(problem) if problem.fleet is None else OnFleet(self._evaluator, problem)
-        lookups = Lookups(evaluator, space, path=problem.out / LOOKUPS, identity=identity)
+        judged = {name: value for name, value in identity.items() if name != "constraints"}
+        lookups = Lookups(evaluator, space, path=problem.out / LOOKUPS, identity=judged)
         search = BlockSearch(
             self, space, trained, lookups.evaluate, problem.constraints, seed=problem.seed, prepare=lookups.prepare
         )

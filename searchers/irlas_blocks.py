@@ -86,7 +86,10 @@ class BlockSearch:
         self, path: Path | None = None, identity: Mapping[str, Any] | None = None, reporter: Reporter | None = None,
         *, leads: bool = True,
     ) -> list[dict[str, Scalar]]:  # fmt: skip
-        """The iterations that are left. State goes to `path`; raises UsageError where that is another run's."""
+        """The iterations that are left. State goes to `path`; raises UsageError where that is another run's.
+
+        Budgets may differ from those of a run that is finished.
+        """
         if path is not None and path.exists():
             self._load(path, identity or {})
         rounds = self.options.rounds
@@ -130,9 +133,7 @@ class BlockSearch:
 
     def _rewards(self, blocks: Sequence[Trajectory], told: Callable[[float], None] | None = None) -> list[float]:
         archs = [self.arch(block) for block in blocks]
-        bounded = self.options.latency_mode != "none" and len(self.constraints) > 0
-        bounds = bounds_of(self.constraints, archs) if bounded else np.empty((len(archs), 0))
-        targets = self.targets if bounded else np.empty(0)
+        bounds, targets = self._bounded(archs)
         kept = np.ones(len(archs), bool)
         if self.options.latency_mode == "filter":
             kept &= (bounds <= targets * (1 + TOLERANCE)).all(axis=1)
@@ -150,21 +151,35 @@ class BlockSearch:
                 told(accuracy)
         return rewards
 
+    def _bounded(self, archs: Sequence[Arch]) -> tuple[Floats, Floats]:
+        """What rewards know of the budgets: (N, K) and (K,); K is 0 where they know nothing."""
+        if self.options.latency_mode == "none" or not self.constraints or not archs:
+            return np.empty((len(archs), 0)), np.empty(0)
+        return bounds_of(self.constraints, archs), self.targets
+
+    def _reward_again(self) -> None:
+        """Evaluated blocks, by the budgets of now."""
+        archs = [self.arch(block) for block in self.accuracies]
+        bounds, targets = self._bounded(archs)
+        for (block, accuracy), arch, bound in zip(self.accuracies.items(), archs, bounds, strict=True):
+            self.learner.rewards[block] = self.options.reward(self.space, arch, accuracy, bound, targets)
+
     def _promising(self, drawn: Sequence[Trajectory]) -> list[Trajectory]:
         """As many as an iteration samples: of new blocks within the budgets the most promising by score, else any."""
-        known = list(self.accuracies)
         new = [block for block in dict.fromkeys(drawn) if block not in self.learner.rewards]
-        archs = [self.arch(block) for block in new]
-        if new and self.constraints and self.options.latency_mode != "none":
-            kept = (bounds_of(self.constraints, archs) <= self.targets * (1 + TOLERANCE)).all(axis=1)
-            new = [new[i] for i in np.flatnonzero(kept)]
-        asked, candidates = (
-            np.array([self.arch(block) for block in blocks], np.int64).reshape(-1, len(self.space.decisions))
-            for blocks in (known, new)
-        )
-        order = promising(asked, -np.array([self.score(block) for block in known]), candidates)
+        if self.options.latency_mode != "none":
+            new = self._kept(new)
+        known = {self.arch(block): -self.score(block) for block in self.accuracies}
         n = self.options.rates.samples
-        return [new[i] for i in order[:n]] or list(drawn[:n])
+        return [new[i] for i in promising(known, [self.arch(block) for block in new])[:n]] or list(drawn[:n])
+
+    def _kept(self, blocks: list[Trajectory]) -> list[Trajectory]:
+        """Those that keep all budgets."""
+        if not blocks or not self.constraints:
+            return blocks
+        bounds = bounds_of(self.constraints, [self.arch(block) for block in blocks])
+        kept = np.all(bounds <= self.targets * (1 + TOLERANCE), axis=1)
+        return [blocks[i] for i in np.flatnonzero(kept)]
 
     def arch(self, block: Trajectory) -> Arch:
         """A trajectory as the space spells it."""
@@ -179,11 +194,7 @@ class BlockSearch:
 
     def ranked(self) -> list[tuple[float, Arch]]:
         """Score and architecture of every evaluated block that keeps all budgets, the best first."""
-        blocks = list(self.accuracies)
-        if blocks and self.constraints:
-            bounds = bounds_of(self.constraints, [self.arch(block) for block in blocks])
-            kept = np.all(bounds <= self.targets * (1 + TOLERANCE), axis=1)
-            blocks = [blocks[i] for i in np.flatnonzero(kept)]
+        blocks = self._kept(list(self.accuracies))
         return sorted(((self.score(block), self.arch(block)) for block in blocks), key=lambda pair: -pair[0])
 
     def consider(self, archs: Sequence[Arch]) -> list[tuple[float, Arch]]:
@@ -205,10 +216,15 @@ class BlockSearch:
         except (OSError, KeyError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())[:120]
             raise UsageError(f"{path} holds no search, or is damaged ({why}): remove it to start again") from None
+        finished = len(history) >= len(self.options.rounds)
+        if finished:  # under other budgets the same blocks are ranked anew
+            found, identity = ({**told, "constraints": None} for told in (found, identity))
         check_settings(path, "searched", found, identity)
         self.learner.load(arrays)
         pairs = zip(self.learner.rewards, accuracies.tolist(), strict=True)
         self.history, self.accuracies = history, {block: value for block, value in pairs if value == value}
+        if finished:
+            self._reward_again()
         self.best = max(map(self.score, self.accuracies), default=-np.inf)
 
 

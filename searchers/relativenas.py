@@ -259,6 +259,8 @@ class _Course:
         self.population.load_state_dict(state["population"])
         self.first, self.losses = list(state["first"]), list(state["losses"])
         self.seen = {tuple(arch): loss for arch, loss in state["seen"]}
+        for arch, loss in self.seen.items():
+            self.renewal.note(arch, loss)
         self.renewal.load_state_dict(state["renewal"])
 
 

@@ -283,14 +283,11 @@ class Renewal:
         for row in np.flatnonzero(violations(self.constraints, archs) == 0).tolist():
             rows.setdefault(self.space.canonical(tuple(archs[row].tolist())), row)
         new = {arch: row for arch, row in rows.items() if arch not in self.known}
-        known, candidates = (np.array(list(found), np.int64).reshape(-1, archs.shape[1]) for found in (self.known, new))
-        order = promising(known, np.array(list(self.known.values())), candidates)
-        return np.array(list(new.values()), np.int64)[order]
+        return np.array(list(new.values()), np.int64)[promising(self.known, list(new))]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
+        """Plain lists and numbers; without ``known``, which follows from all that was noted."""
         return {
-            "known": [[list(arch), loss] for arch, loss in self.known.items()],
             "met": [list(arch) for arch in self.met],
             "own": [list(arch) for arch in self.own],
             "champion": self.champion and list(self.champion),
@@ -298,8 +295,7 @@ class Renewal:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
-        self.known = {tuple(arch): loss for arch, loss in state["known"]}
+        """Inverse of ``state_dict``, where the same was noted before."""
         self.met, self.own = (dict.fromkeys(tuple(arch) for arch in state[name]) for name in ("met", "own"))
         self.champion, self.in_vain = state["champion"] and tuple(state["champion"]), state["in_vain"]
 

@@ -44,6 +44,9 @@ class AdditiveOracle(FactorOracle):
     @classmethod
     def of(cls, oracle: CalibratedOracle, near_ms: float | None = None) -> AdditiveOracle:
         """Raises MissingEntryError where samples need an entry that the table lacks."""
+        if oracle.ratio != 1:
+            fitted = replace(oracle, ratio=1.0)
+            return cls.of(fitted, None if near_ms is None else near_ms / oracle.ratio).scaled(oracle.ratio)
         if oracle.tabulated is not None:
             return cls(oracle.space, oracle.tabulated.factors, oracle.provenance)
         linear = _linear(oracle)

@@ -15,7 +15,7 @@ and Williams 2006, 5.4.1), so 10 networks move the scale, 200 the single decisio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -51,6 +51,7 @@ class CalibratedOracle:
     posterior: Posterior
     capacity: Capacity | None = None
     calibration: Conformal | None = None
+    ratio: float = 1.0  # of every figure to what was fitted: ``scaled``
 
     name: ClassVar[str] = "calibrated"
     unit: ClassVar[str] = "ms"
@@ -93,6 +94,10 @@ class CalibratedOracle:
         calibration = Conformal.of(1 + predicted, 1 + errors, sd) if len(archs) > 2 else None
         return cls(space, table.provenance, base, design, posterior, capacity, calibration)
 
+    def scaled(self, by: float) -> CalibratedOracle:
+        """Every figure `by` times what it is."""
+        return replace(self, ratio=by * self.ratio)
+
     # -- queries
 
     def latency(self, arch: Arch) -> float:
@@ -118,7 +123,7 @@ class CalibratedOracle:
         phi, weights = self.design.assemble(p, sums_ms, self.design.sums.expected(p))
         variance = self.design.sums.take([0]).covariance(p)[..., 0] / self.design.curve[1] ** 2
         found = sums_ms + (phi * like_of(p, self.theta)).sum(-1) + self._curve(weights, variance * (variance > 0))
-        return cast(P, found)
+        return cast(P, self.ratio * found)
 
     def interval(self, archs: Archs, confidence: float = 0.9) -> tuple[Floats, Floats] | None:
         """(N, D) -> (N,) and (N,) ms, by errors of networks left out over the predictive standard deviation.
@@ -157,6 +162,7 @@ class CalibratedOracle:
             "typical_ms": design.typical_ms,
             "curve": list(design.curve),
             "capacity": beyond,
+            "ratio": self.ratio,
         }
         return kept, about
 
@@ -178,7 +184,8 @@ class CalibratedOracle:
             capacity = Capacity.from_state(_under("capacity/", arrays), meta["capacity"])
         scores = arrays.get("scores")
         calibration = None if scores is None else Conformal(tuple(scores.tolist()))
-        return cls(space, provenance, base, design, posterior, capacity, calibration)
+        ratio = float(meta.get("ratio", 1.0))  # nor a ratio
+        return cls(space, provenance, base, design, posterior, capacity, calibration, ratio)
 
     # -- the correction
 
@@ -206,7 +213,7 @@ class CalibratedOracle:
         sums_ms = _sums(self.base, self.capacity, spelled)
         phi, weights = self.design.of(spelled, sums_ms)
         error, deviation = self.posterior.predict(self.design, phi / sums_ms[:, None], weights, sums_ms)
-        return sums_ms * (1 + error), deviation
+        return self.ratio * sums_ms * (1 + error), deviation
 
     @cached_property
     def tabulated(self) -> FactorOracle | None:

@@ -74,6 +74,10 @@ class FactorOracle:
         provenance = Provenance(device="", device_name="", backend="", space=space.name, settings=space.settings())
         return cls(space, factors, provenance, unit="parameters" if what == "n_params" else "MACs")
 
+    def scaled(self: F, by: float) -> F:
+        """Every figure `by` times what it is."""
+        return replace(self, factors=tuple(replace(f, values=by * f.values) for f in self.factors))
+
     # -- queries
 
     def latency(self, arch: Arch) -> float:

@@ -52,11 +52,12 @@ class LearnedOracle:
     name: ClassVar[str] = "learned"
 
     @classmethod
-    def fit(cls, table: LatencyTable, *, drift: bool = True) -> LearnedOracle:
+    def fit(cls, table: LatencyTable, *, drift: bool = True, calibrated: bool = True) -> LearnedOracle:
         """From the table's measured networks, at least 3.
 
         `drift`: where every one states its place in the measuring order, slow drift along it is told apart from the
-        networks' own latency. Raises TableError where there are too few networks or a latency is not positive.
+        networks' own latency. `calibrated`: with intervals, which are most of the work. Raises TableError where there
+        are too few networks or a latency is not positive.
         """
         space = space_of(table.provenance)
         archs, latency_ms = table.networks()
@@ -68,14 +69,33 @@ class LearnedOracle:
         if (latency_ms <= 0).any():
             raise TableError(f"network {int((latency_ms <= 0).argmax())} has latency 0: measure it again or drop it")
         order = _order(table) if drift else None
-        return cls.of(space, table.provenance, gp.Measured(check_archs(space, archs), latency_ms, order))
+        measured = gp.Measured(check_archs(space, archs), latency_ms, order)
+        return cls.of(space, table.provenance, measured, calibrated=calibrated)
 
     @classmethod
-    def of(cls, space: SearchSpace, provenance: Provenance, measured: gp.Measured) -> LearnedOracle:
+    def of(
+        cls, space: SearchSpace, provenance: Provenance, measured: gp.Measured, *, calibrated: bool = True
+    ) -> LearnedOracle:
         """``fit`` on measurements that are at hand."""
         made = cls(space, provenance, tuple(gp.fit(space, view, measured) for view in views(space)))
+        if not calibrated:
+            return made
         plain, in_order = _calibrate(made)
         return replace(made, calibration=plain, calibration_in_order=in_order)
+
+    def seen(self, arch: Arch, latency_ms: float) -> LearnedOracle:
+        """Fitted anew with one more measured network. What the new fit does not explain of it is taken to hold for all:
+        a device that is slower now than it was."""
+        again = self._with(arch, latency_ms, calibrated=False)
+        return self._with(arch, latency_ms, by=latency_ms / again.latency(arch))
+
+    def _with(self, arch: Arch, latency_ms: float, *, by: float = 1.0, calibrated: bool = True) -> LearnedOracle:
+        """Of one more network, the others' latencies times `by`."""
+        known = self.processes[0].measured
+        order = None if known.order is None else np.append(known.order, 2 * known.order.max() + 1)  # long after
+        archs = np.vstack([known.archs, check_archs(self.space, np.array([arch], np.int64))])
+        more = gp.Measured(archs, np.append(by * known.latency_ms, latency_ms), order)
+        return LearnedOracle.of(self.space, self.provenance, more, calibrated=calibrated)
 
     # -- queries
 
@@ -93,14 +113,14 @@ class LearnedOracle:
         array = check_archs(self.space, archs)
         if order is not None:
             return self._predict(array, self._in_order(array, order))[0]
-        if self._table is not None:
-            return self._table.latencies(array)
+        if self.tabulated is not None:
+            return self.tabulated.latencies(array)
         return self._in_chunks(array, self._sum)
 
     def expected_latency(self, probs: P) -> P:
         """(..., D, K) probabilities -> (...) ms; see the class for where it is exact."""
-        if self._table is not None:
-            return self._table.expected_latency(probs)
+        if self.tabulated is not None:
+            return self.tabulated.expected_latency(probs)
         p: Any = probs if hasattr(probs, "new_tensor") else np.asarray(probs, np.float64)
         sizes = [len(decision.options) for decision in self.space.decisions]
         if p.ndim < 2 or p.shape[-2] != len(sizes) or p.shape[-1] < max(sizes):
@@ -185,7 +205,7 @@ class LearnedOracle:
         return tuple(compiled(p) for p in self.processes)
 
     @cached_property
-    def _table(self) -> FactorOracle | None:
+    def tabulated(self) -> FactorOracle | None:
         """Every architecture of a small space in one factor."""
         if self.space.size > MAX_TABULATED:
             return None

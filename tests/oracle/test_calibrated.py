@@ -10,6 +10,7 @@ import pytest
 
 from latbench.backends.roofline import OPTIONS, kernels
 from latbench.errors import MissingEntryError, TableError, UsageError
+from latbench.oracle.additive import AdditiveOracle
 from latbench.oracle.calibrated import CalibratedOracle
 from latbench.oracle.conformal import coverage
 from latbench.oracle.lut import LutOracle
@@ -163,3 +164,21 @@ def small():
     return CalibratedOracle.fit(
         LatencyTable.from_rows(rows, Provenance("cpu", "x", "roofline", space=space.name, settings=space.settings()))
     )
+
+
+@pytest.mark.parametrize("made", [lambda: fitted(25), small])
+def test_a_scaled_oracle_answers_in_proportion_to_every_question(made):
+    oracle = made()
+    scaled = oracle.scaled(1.1).scaled(2.0)
+    rng = np.random.default_rng(3)
+    archs = np.array([oracle.space.sample(rng) for _ in range(20)], np.int64)
+    probs = rng.dirichlet(np.ones(max(len(d.options) for d in oracle.space.decisions)), (2, archs.shape[1]))
+    twin = CalibratedOracle.from_state(oracle.space, oracle.provenance, *scaled.state())
+    near = float(np.median(oracle.latencies(archs)))
+    sums = AdditiveOracle.of(oracle, near), AdditiveOracle.of(scaled, 2.2 * near)
+    for one, other in ((oracle, scaled), (oracle, twin), sums):
+        assert other.latencies(archs) == pytest.approx(2.2 * one.latencies(archs))
+        assert other.latency(tuple(archs[0].tolist())) == pytest.approx(2.2 * one.latencies(archs)[0])
+        assert other.expected_latency(probs) == pytest.approx(2.2 * one.expected_latency(probs))
+        if one.interval(archs) is not None:
+            assert np.array(other.interval(archs)) == pytest.approx(2.2 * np.array(one.interval(archs)))

@@ -188,3 +188,14 @@ def test_bad_tables_are_refused():
         LearnedOracle.fit(table(FBNET, archs, [1.0, 0.0, 1.0, 1.0, 1.0]))
     with pytest.raises(UsageError, match="fbnet"):
         LearnedOracle.fit(table(FBNET, archs + 9, np.ones(5)))
+
+
+def test_a_network_seen_later_is_believed_and_tells_of_its_neighbours():
+    oracle, archs = fitted(FBNET), sample(FBNET, 200, seed=7)
+    arch = tuple(archs[0].tolist())
+    again = oracle.seen(arch, 1.3 * oracle.latency(arch))
+    assert again.latency(arch) == pytest.approx(1.3 * oracle.latency(arch), rel=0.03)
+    ratio = again.latencies(archs[1:]) / oracle.latencies(archs[1:])
+    assert 1 < np.median(ratio) <= 1.3
+    assert oracle.seen(arch, oracle.latency(arch)).latencies(archs) == pytest.approx(oracle.latencies(archs), rel=0.02)
+    assert again.interval(archs) is not None

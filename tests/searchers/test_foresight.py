@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from searchers.foresight import MAX_KNOWN, promising
+from searchers import foresight
+from searchers.foresight import MAX_KNOWN
 
 
 def networks(n, seed, decisions=8, options=4):
-    return np.random.default_rng(seed).integers(options, size=(n, decisions))
+    """(n, D), all different."""
+    rng = np.random.default_rng(seed)
+    places = rng.choice(options**decisions, n, replace=False)
+    return np.stack(np.unravel_index(places, (options,) * decisions), axis=1)
+
+
+def promising(known, losses, candidates):
+    losses = dict(zip(map(tuple, np.asarray(known).tolist()), np.asarray(losses).tolist(), strict=True))
+    return np.array(foresight.promising(losses, list(map(tuple, np.asarray(candidates).tolist()))), np.int64)
 
 
 @pytest.mark.parametrize("kind", ["sums", "joint"])

@@ -114,6 +114,19 @@ class TestIRLAS(SearcherConformance):
         with pytest.raises(UsageError, match="is damaged"):
             self.run(problem)
 
+    def test_a_finished_search_is_ranked_anew_under_other_budgets(self, tmp_path: Path) -> None:
+        problem = self.problem(tmp_path)
+        first = self.run(problem)
+        slower = problem.constraints[0].oracle.seen(first.arch, 1.5 * problem.targets[0])
+        corrected = replace(problem, constraints=(Constraint(slower, problem.targets[0]),))
+        again = self.run(corrected)
+        assert corrected.satisfied(again.arch)
+        assert again.arch != first.arch
+        assert again.notes["evaluated"] <= first.notes["evaluated"] + 1  # the scout, where none is left
+        half = replace(self.searcher, iterations=5)
+        with pytest.raises(UsageError, match="other settings"):
+            half.search(problem)  # not finished: it would go on under budgets that are not its own
+
     def test_a_proxy_and_a_confidence_will_do(self, tmp_path: Path) -> None:
         oracle = self.oracle()
         constraint = Constraint(oracle, self.between(oracle, 0.6), 0.8)
@@ -299,6 +312,17 @@ def test_a_penalty_trains_what_is_beyond_and_never_returns_it() -> None:
     search, asked = toy_search(0, 6.0, "penalty")
     assert max(asked) > 6.0
     assert all(ToyOracle(SIX).latency(arch) <= 6.0 for _, arch in search.ranked())
+
+
+def test_penalties_of_a_finished_search_follow_the_budgets_of_now() -> None:
+    search, _ = toy_search(0, 5.0, "penalty")
+    oracle = search.constraints[0].oracle
+    beyond = [block for block in search.accuracies if oracle.latency(search.arch(block)) > 5.1]
+    assert beyond
+    before = {block: search.score(block) for block in beyond}
+    search.constraints, search.targets = (Constraint(oracle, 1e6),), np.array([1e6])
+    search._reward_again()
+    assert all(search.score(block) > before[block] for block in beyond)
 
 
 def test_without_a_mode_the_oracle_changes_nothing() -> None:

@@ -98,14 +98,18 @@ def test_a_missed_target_is_corrected_until_it_is_met(table, ms, tmp_path):
 @pytest.fixture(scope="module")
 def slow_networks(tmp_path_factory):
     """Networks that take 1.3 times the sum of their blocks, which is what the simulated device runs them in."""
+    return slowed(1.3, tmp_path_factory.mktemp("table") / "slow.parquet", 12)
+
+
+def slowed(by, path, n):
+    """A table with `n` networks that take `by` times the sum of their blocks."""
     table, rng = roofline_table(SPACE), np.random.default_rng(0)
-    archs = np.array([SPACE.sample(rng) for _ in range(12)], np.int64)
-    latencies = 1.3 * LutOracle.fit(table).latencies(archs)
+    archs = np.array([SPACE.sample(rng) for _ in range(n)], np.int64)
+    latencies = by * LutOracle.fit(table).latencies(archs)
     rows = [
         Row(f"net{i}", "network", "", arch=tuple(map(int, arch)), latency_ms=float(ms))
         for i, (arch, ms) in enumerate(zip(archs, latencies, strict=True))
     ]
-    path = tmp_path_factory.mktemp("table") / "slow.parquet"
     LatencyTable.from_rows([*table.rows(), *rows], table.provenance).write(path)
     return path
 
@@ -130,6 +134,26 @@ def test_measured_networks_correct_the_sums(slow_networks, ms, tmp_path):
     args = ["search", "aows", "--table", model, "--target", us(target), *QUICK, "-o", tmp_path / "twin"]
     assert run(*args).exit_code == 0
     assert read_result(tmp_path / "twin").result.arch == first.result.arch
+
+
+@pytest.mark.parametrize("oracle", ["calibrated", "learned"])
+@pytest.mark.parametrize("by", [1.3, 0.75])
+def test_oracles_that_are_no_sums_are_corrected_too(table, ms, oracle, by, tmp_path):
+    """The simulated device runs networks in the sum of their blocks; these are said to take more, or less."""
+    path, model, out = slowed(by, tmp_path / "t.parquet", 40), tmp_path / "m.npz", tmp_path / "found"
+    assert run("fit", path, "--oracle", oracle, "-o", model).exit_code == 0
+    target = 0.5 * (ms[0] + ms[1])
+    few = ["--set", "evaluator=synflow", "--set", "evaluations=20", "--data", "digits", "--max-images", 200]
+    assert run("search", "random", "--table", model, "--target", us(target), *few, "-o", out).exit_code == 0
+    done = run("verify", out, "--until-met", *BENCH, "--json")
+    rounds = [one for (one,) in json.loads(done.stdout)["rounds"]]
+    assert abs(rounds[0]["error"]) > 0.15
+    assert rounds[0]["met"] == (by > 1)
+    assert done.exit_code == 0
+    assert rounds[-1]["met"]
+    assert abs(rounds[-1]["error"]) < abs(rounds[0]["error"])
+    kept = read_result(out)
+    assert kept.problem.constraints[0].oracle.latency(kept.result.arch) == pytest.approx(kept.result.predicted[0])
 
 
 def test_a_network_that_met_its_target_is_kept_when_a_nearer_one_misses(table, ms, tmp_path, monkeypatch):
