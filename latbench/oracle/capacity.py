@@ -30,6 +30,7 @@ from latbench.tables import LatencyTable
 
 ALIKE = 1.25  # ratio of the weights of blocks that stream alike
 SETTLED = 3  # chains beyond a core's own cache, by whose median the next level's curve begins
+FIT = 2  # of the last level's chains, the first ones, that it holds (``profiling.chains.SHARED_FIT``)
 _ADDITIVE = ("footprint", "held")
 
 
@@ -61,7 +62,8 @@ class Capacity:
             link, group = links[intensity], round(math.log2(intensity))
             weights, took = part["n_params"].to_numpy(np.float64), part["ms"].to_numpy(np.float64)
             alone = weights[0] < 2 * link.n_params  # where a chain of one is among them, it is a block like those
-            curve = _Curve.of(weights, _maps(link), took, alike(group, link.n_params) if alone else 0.0)
+            below, fit = (alike(group, link.n_params), 1) if alone else (0.0, FIT)
+            curve = _Curve.of(weights, _maps(link), took, below, fit)
             curves[group] = curves[group].then(curve) if group in curves else curve
             logs[group] = math.log(intensity)
         if not curves:
@@ -133,9 +135,10 @@ class _Curve:
     rise: Floats
 
     @classmethod
-    def of(cls, weights: Floats, maps: int, ms: Floats, held: float = 0.0) -> _Curve:
+    def of(cls, weights: Floats, maps: int, ms: Floats, held: float = 0.0, fit: int = 1) -> _Curve:
         """Of the chains of one block, by ascending weights: three at least. `held`: what blocks like it take by their
-        own rows, ms per weight; in context they do not have the caches to themselves as a chain of one has.
+        own rows, ms per weight; in context they do not have the caches to themselves as a chain of one has. `fit`: how
+        many of the first the cache holds; what lies between them is noise, and no rise.
 
         The median of each with its neighbours leaves what rises as it is, and takes out one chain in a bad moment.
         """
@@ -143,7 +146,7 @@ class _Curve:
         middle = np.median([each[:-2], each[1:-1], each[2:]], axis=0)
         smooth = np.concatenate([[min(each[0], middle[0])], middle, each[-1:]])
         per_weight = np.asarray(isotonic_regression(smooth).x, np.float64)
-        return cls(weights + maps, np.maximum(per_weight - max(per_weight[0], held), 0.0))
+        return cls(weights + maps, np.maximum(per_weight - max(per_weight[fit - 1], held), 0.0))
 
     def then(self, other: _Curve) -> _Curve:
         """This one where the other has not begun, which stands on what this one has reached there.

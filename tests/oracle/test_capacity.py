@@ -13,10 +13,10 @@ import torch
 from latbench.graph.ops import Conv2d
 from latbench.oracle.base import one_hot
 from latbench.oracle.calibrated import CalibratedOracle
-from latbench.oracle.capacity import Capacity
+from latbench.oracle.capacity import FIT, Capacity, _Curve
 from latbench.oracle.fitting import default_oracle
 from latbench.oracle.lut import LutOracle
-from latbench.profiling.chains import chain, chains
+from latbench.profiling.chains import SHARED_FIT, chain, chains
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable, Provenance, Row
 from latbench.testing import OracleConformance
@@ -164,3 +164,15 @@ class TestLaws(OracleConformance):
     @property
     def oracle(self):
         return calibrated()
+
+
+def test_what_lies_between_chains_that_fit_is_no_rise():
+    weights = np.array([4.0, 8, 10, 12, 14]) * 2**18
+    flat = np.array([1.0, 1.02, 1.02, 1.02, 1.02])  # the first in a good moment
+    assert _Curve.of(weights, 0, flat * weights, fit=2).rise.max() == pytest.approx(0, abs=1e-12)
+    assert _Curve.of(weights, 0, flat * weights, fit=1).rise.max() == pytest.approx(0.02)
+    rising = _Curve.of(weights, 0, np.array([1.0, 1.02, 1.03, 1.1, 1.2]) * weights, fit=2).rise
+    assert rising.tolist() == sorted(rising)
+    assert rising[0] == 0
+    assert rising[-1] > 0.1
+    assert len(SHARED_FIT) == FIT
