@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from latbench.measure.fleet import PREFIX
+from latbench.measure.fleet import PREFIX, wait_for
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
@@ -40,7 +40,7 @@ class Cluster:
         words = [f"--address={self.address}"] if self.groups else [*head, "--include-dashboard=false"]
         self._start([*words, "--node-ip-address=127.0.0.1"], devices)
         if len(self.groups) == 1:
-            wait_for(int(client_port))  # `ray start` returns before its clients' server listens
+            wait_for(self.client, 120.0)  # `ray start` returns before its clients' server listens
 
     def _start(self, words: Sequence[str], devices: Sequence[str]) -> None:
         resources = json.dumps({PREFIX + name: 1 for name in devices})
@@ -55,6 +55,11 @@ class Cluster:
         found = {pid: argv for pid, argv in processes() if str(self.folder) in argv or self.address in argv}
         children = {pid for pid, _ in processes() if parent(pid) in found}
         return sorted(found.keys() | children)
+
+    def client_servers(self) -> list[int]:
+        """Processes that the head has started for its clients, one each."""
+        port = self.address.rpartition(":")[2]
+        return [pid for pid, argv in processes() if "--mode=specific-server" in argv and f":{port} " in argv]
 
     def measurers(self) -> list[int]:
         """Processes that hold a device; Ray names them after their class, which hides their arguments."""
@@ -106,16 +111,6 @@ def parent(pid: int) -> int:
     with contextlib.suppress(OSError):
         return int((Path(f"/proc/{pid}/stat")).read_text().rpartition(")")[2].split()[1])
     return 0
-
-
-def wait_for(port: int, limit_s: float = 120.0) -> None:
-    """Until somebody listens there."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nobody listens on port {port} after {limit_s:g} s")
 
 
 def free_ports(n: int) -> list[int]:

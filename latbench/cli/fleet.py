@@ -20,6 +20,9 @@ from latbench.errors import EnvironmentUnfitError, LatbenchError, UsageError, on
 if TYPE_CHECKING:
     from latbench.measure.fleet import Fleet
 
+CLIENT_PORT = 10001  # Ray's own choice
+HEAD_LIMIT_S = 30.0  # for a head to answer its clients
+
 
 @click.group("fleet")
 def command() -> None:
@@ -137,7 +140,19 @@ def join(address: str | None, head: bool, names: tuple[str, ...], only_print: bo
         raise EnvironmentUnfitError(f"ray start failed: {one_line(lines[-1] if lines else f'exit {run.returncode}')}")
     click.echo(f"announced here: {', '.join(announced)}")
     if head:
-        click.echo(_next_steps(run.stdout + run.stderr, announced[0]))
+        said = run.stdout + run.stderr
+        click.echo(_next_steps(said, announced[0]))
+        if address := _address(said):
+            _await_clients(_clients(address))
+
+
+def _await_clients(client: str) -> None:
+    from latbench.measure.fleet import wait_for
+
+    try:
+        wait_for(client, HEAD_LIMIT_S)
+    except OSError as error:
+        click.echo(f"nobody answers at {client} yet ({error}): other machines cannot reach it", err=True)
 
 
 def ray_start(address: str | None, names: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -149,13 +164,20 @@ def ray_start(address: str | None, names: list[str]) -> tuple[list[str], dict[st
     return ["ray", "start", *where, "--disable-usage-stats", f"--resources={resources}"], {"RAY_worker_niceness": "0"}
 
 
-def _next_steps(said: str, device: str) -> str:
-    """From what `ray start --head` printed."""
+def _address(said: str) -> str:
+    """From what `ray start --head` printed; empty where it is not there."""
     told = re.search(r"--address='?([^'\s]+:[0-9]+)", said)
-    address = told[1] if told else "HOST:PORT"
-    anywhere = f"ray://{address.rpartition(':')[0]}:10001"
+    return told[1] if told else ""
+
+
+def _clients(address: str) -> str:
+    return f"ray://{address.rpartition(':')[0]}:{CLIENT_PORT}"
+
+
+def _next_steps(said: str, device: str) -> str:
+    address = _address(said) or "HOST:PORT"
     return (
         f"on another machine:  latbench fleet join {address}\n"
         f"here:                latbench profile --fleet auto --device {device} --space SPACE\n"
-        f"from anywhere:       latbench profile --fleet {anywhere} --device {device} --space SPACE"
+        f"from anywhere:       latbench profile --fleet {_clients(address)} --device {device} --space SPACE"
     )

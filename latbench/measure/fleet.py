@@ -239,7 +239,7 @@ def connect(address: str) -> Iterator[Fleet]:
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 _knock(address)
-                ray.init(address, namespace="latbench", log_to_driver=False, logging_level=logging.CRITICAL)
+                _init(ray, address)
             except ImportError as error:
                 raise EnvironmentUnfitError(
                     f"Ray's client is incomplete: {error}. Run: pip install 'latbench[fleet]'"
@@ -260,6 +260,18 @@ def connect(address: str) -> Iterator[Fleet]:
                 ray.shutdown()
 
 
+def _init(ray: Any, address: str) -> None:
+    """Ray's own, twice where need be: a head starts a process for each client, and now and then one dies early."""
+    for last in (False, True):
+        try:
+            ray.init(address, namespace="latbench", log_to_driver=False, logging_level=logging.CRITICAL)
+            return
+        except (RuntimeError, ConnectionError):
+            if last or not address.startswith("ray://"):
+                raise
+        time.sleep(1.0)
+
+
 def _import() -> Any:
     try:
         import ray
@@ -270,6 +282,21 @@ def _import() -> Any:
     with suppress(AttributeError):
         ray._private.worker._worker_logs_enabled = False
     return ray
+
+
+def wait_for(address: str, limit_s: float) -> None:
+    """Until somebody listens at HOST:PORT, or ray://HOST:PORT; raises OSError where nobody does in time.
+
+    `ray start --head` returns before its clients' server listens.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return _knock(address)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _knock(address: str) -> None:

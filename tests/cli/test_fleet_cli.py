@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import builtins
 import json
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from command_line import refused, run
 
 from latbench import __version__, devices
-from latbench.cli.fleet import _next_steps, nodes_in_json, ray_start
+from latbench.cli.fleet import _address, _next_steps, nodes_in_json, ray_start
 from latbench.cli.fleet_nodes import described, device_name, nodes_of, target_there
 from latbench.errors import DeviceUnavailableError, EnvironmentUnfitError, UsageError
+from latbench.measure import fleet
 from latbench.measure.base import SamplingPlan
-from latbench.measure.fleet import Fleet, NodeLostError, Place
+from latbench.measure.fleet import Fleet, NodeLostError, Place, wait_for
 
 WORDS = {"backend": "roofline", "dtype": None, "threads": 1, "options": ()}
 
@@ -150,6 +154,42 @@ def test_joining_nothing_or_two_fleets_is_refused() -> None:
 
 
 def test_the_first_machine_is_told_how_others_join() -> None:
+    assert _address("nothing of the kind") == ""
     said = _next_steps("To add another node, run\n  ray start --address='192.0.2.2:6379'\n", "epyc")
     assert "latbench fleet join 192.0.2.2:6379" in said
     assert "--fleet ray://192.0.2.2:10001 --device epyc" in said
+
+
+def test_a_server_that_begins_to_listen_is_waited_for():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match="refused"):
+            wait_for(address, 0.2)
+        later = threading.Timer(0.3, server.listen)
+        later.start()
+        wait_for(address, 30.0)
+        later.join()
+
+
+class _HalfRay:
+    """What of Ray fails: the first clients of a head."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.asked = failures, 0
+
+    def init(self, *_: object, **__: object) -> None:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise RuntimeError("Starting Ray client server failed. See ray_client_server_23000.err")
+
+
+@pytest.mark.parametrize(("address", "failures", "asked"), [("ray://h:1", 1, 2), ("ray://h:1", 2, 2), ("auto", 1, 1)])
+def test_a_head_is_asked_twice_for_a_client(
+    address: str, failures: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet.time, "sleep", lambda _: None)
+    ray = _HalfRay(failures)
+    with pytest.raises(RuntimeError) if failures == asked else nullcontext():
+        fleet._init(ray, address)
+    assert ray.asked == asked

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'latbench[fleet]'")
 
-from fleet_cluster import ROOT, Cluster, cluster
+from fleet_cluster import QUIET, ROOT, Cluster, cluster
 
 from latbench.profiling.jobs import jobs_of
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
@@ -32,6 +32,7 @@ CPU = ["--device", "cpu", "--rounds", "1", "--ci", "20%", *WORDS]
 WANTED = Counter((job.row.key, job.row.kind, job.row.context) for job in jobs_of(SPACE, with_chains=False))
 WITH_CHAINS = Counter((job.row.key, job.row.kind, job.row.context) for job in jobs_of(SPACE))  # where it is measured
 
+CODE = "from latbench.cli import main; main()"
 
 LIMIT_S = 400  # for what takes seconds on a machine that does nothing else
 
@@ -75,10 +76,9 @@ class Run:
     def __init__(self, folder: Path, address: str, words: list[str]) -> None:
         self.table, self.tmp = folder / "t.parquet", folder / "tmp"
         self.tmp.mkdir(exist_ok=True)
-        code = "import sys; from latbench.cli import main; main()"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp), "PYTHONWARNINGS": "error"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "profile", "--fleet", address, *words, "-o", str(self.table)],
+            [sys.executable, "-c", CODE, "profile", "--fleet", address, *words, "-o", str(self.table)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -151,6 +151,23 @@ def test_a_device_that_nobody_has_is_status_4_and_names_what_there_is(nodes: Clu
     assert (status, out, err.count("\n")) == (4, "", 1)
     assert "announces rtx3090" in err
     assert "holds cpu, titanxp" in err
+
+
+@pytest.mark.slow
+def test_a_client_whose_server_dies_as_it_starts_gets_another(nodes: Cluster) -> None:
+    before = set(nodes.client_servers())
+    words = ["-c", CODE, "fleet", "status", nodes.client]
+    asking = subprocess.Popen(
+        [sys.executable, *words], env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with asking:
+        while not (started := set(nodes.client_servers()) - before):
+            assert asking.poll() is None, asking.communicate()
+        for pid in started:
+            os.kill(pid, signal.SIGKILL)
+        out, err = asking.communicate(timeout=LIMIT_S)
+    assert (asking.returncode, err) == (0, "")
+    assert out.count("titanxp") == 2
 
 
 @pytest.mark.slow
