@@ -47,7 +47,7 @@ def test_the_documentation_builds_without_warnings_and_has_every_command(site: P
 
 def test_fields_are_told_with_the_comments_behind_them(site: Path) -> None:
     text = (site / "reference" / "tables.html").read_text()
-    assert "as measured: median over blocks" in text  # of Row.latency_ms
+    assert "as measured, of the blocks that count" in text  # of Row.latency_ms
     assert 'id="latbench.tables.LatencyTable.merge"' in text
 
 
