@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -77,19 +78,28 @@ class Session:
         """Measures `jobs`, each distinct graph once. False where the deadline came first: some have no progress."""
         distinct = list({job.key: job for job in jobs}.values())
         random.Random(self.plan.seed).shuffle(distinct)
+        blocks = {job.key for job in jobs if job.row.kind == "block"}  # some of them are chains of one, too
         todo = [job for job in distinct if not self.complete(job.key)]
         total_s = sum(estimate_s(job, self.plan) for job in distinct)
         done_s = before_s = total_s - sum(estimate_s(job, self.plan) for job in todo)
         begin, pace = time.monotonic(), 1.3  # seconds of wall time per estimated second
         share_s, alone_bytes = (self.deadline - begin) / 8, max(CHUNK_BYTES, room_bytes())
-        parts = [
-            *chunks([job for job in todo if not job.alone], self.plan, min(CHUNK_S, share_s), CHUNK_BYTES),
-            *chunks([job for job in todo if job.alone], self.plan, min(ALONE_CHUNK_S, share_s), alone_bytes),
-        ]
-        for part in parts:
+        alone = sorted((job for job in todo if job.alone), key=lambda job: job.key not in blocks)
+        parts = deque(
+            [
+                *chunks([job for job in todo if not job.alone], self.plan, min(CHUNK_S, share_s), CHUNK_BYTES),
+                *chunks(alone, self.plan, min(ALONE_CHUNK_S, share_s), alone_bytes),
+            ]
+        )
+        while parts:
+            part = parts.popleft()
             part_s = sum(estimate_s(job, self.plan) for job in part)
-            if time.monotonic() + pace * part_s > self.deadline:
-                return False
+            if time.monotonic() + pace * part_s > self.deadline:  # as much of it as there is time for
+                if len(part) == 1:
+                    return False
+                half = len(part) // 2
+                parts.extendleft((part[half:], part[:half]))
+                continue
             with scratch(max(CHUNK_BYTES, sum(job.nbytes for job in part))) as folder:
                 for share in self._measure_part(part, folder):
                     if self.reporter is not None:

@@ -278,6 +278,29 @@ def test_a_deadline_leaves_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.finished == {job.key for job in asked}
 
 
+def test_a_deadline_leaves_as_much_of_a_chunk_as_there_is_time_for_blocks_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+
+    def script(request: Request, visit: int) -> Measurement:
+        now[0] += 1.0
+        return steady(request, visit)
+
+    monkeypatch.setattr("latbench.profiling.session.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(session_module, "ALONE_CHUNK_S", 1e9)
+    monkeypatch.setattr(session_module, "estimate_s", lambda job, plan: float(plan.alone_processes))
+    plan = replace(PLAN, alone_processes=4)
+    one, _ = session(script, plan)
+    one.deadline = 8 * 4 * 0.8  # seconds, of the 32 that all of them take
+    networks = [replace(job, row=replace(job.row, kind="network"), alone=True) for job in jobs(8)]
+    blocks = [replace(job, row=replace(job.row, kind="block")) for job in networks[5:7]]
+    assert not one.measure([*networks[:5], *blocks, networks[7]])
+    assert {job.key for job in blocks} < one.finished
+    assert 4 <= len(one.finished) < 8
+    assert set(one.progress) == one.finished
+
+
 def test_the_reporter_hears_growing_shares_up_to_all() -> None:
     heard: list[tuple[float, float, int, int]] = []
 
