@@ -48,8 +48,12 @@ def num_classes(graph: Graph) -> int:
 def inherit(
     problem: Problem, graph: Graph, weights: Weights, splits: Splits, world: World, batch_size: int
 ) -> tuple[nn.Module, float]:
-    """The network with weights cut from a supernet, its batch norms recalibrated; its accuracy on held-out images."""
+    """The network with weights cut from a supernet, its batch norms recalibrated; its accuracy on held-out images.
+
+    `batch_size`: of all processes, less where there are fewer images.
+    """
     module = world.place(module_of(graph, {name: array.astype("float32") for name, array in weights.items()}))
+    batch_size = min(batch_size, len(splits.train) // world.size * world.size)
     recalibrate(module, train_batches(problem, splits, world, batch_size), world)
     module.eval()
     return module, evaluate(module, eval_batches(problem, splits, world, "held_out"), world)["accuracy"]
