@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from latbench.report.style import COLOURS, GUIDE, INK, MANY, OTHER, QUIET, open_figure, open_frame, save_figure, settle
-from latbench.report.words import conditions, headline, measured_rows, noise
+from latbench.report.words import conditions, headline, measured_rows, noise, two_digits
 from latbench.tables import LatencyTable
 
 if TYPE_CHECKING:
@@ -167,8 +167,8 @@ def _draw_shares(ax: Axes, shares: NDArray[np.float64], label: str, none: str) -
     low, high = _limits(pd.Series(percent))
     middle, most = float(np.median(percent)), float(np.quantile(percent, 0.95))
     ax.hist(percent, bins=list(np.geomspace(low, high, 41)), color=COLOURS[4], edgecolor="white", linewidth=0.4)
-    ax.axvline(middle, 0, 0.78, color=INK, linewidth=1.1, label=f"median {middle:.2g} %")
-    ax.axvline(most, 0, 0.78, color=INK, linewidth=1.1, linestyle="--", label=f"95th percentile {most:.2g} %")
+    ax.axvline(middle, 0, 0.78, color=INK, linewidth=1.1, label=f"median {two_digits(middle)} %")
+    ax.axvline(most, 0, 0.78, color=INK, linewidth=1.1, linestyle="--", label=f"95th percentile {two_digits(most)} %")
     ax.set(xscale="log", xlim=(low, high), xlabel=label, ylabel="rows", ylim=(0, 1.3 * ax.get_ylim()[1]))
     bars_lie_right = middle * most > low * high
     ax.legend(loc="upper left" if bars_lie_right else "upper right", fontsize=9, frameon=False)
@@ -200,15 +200,15 @@ def _draw_additivity(ax: Axes, additivity: Mapping[str, Any]) -> None:
         ax.scatter(measured, beyond["predicted_ms"], s=18, c=COLOURS[1], alpha=0.8, linewidths=0)
     ax.set(xlim=span, ylim=span, xlabel="network measured, ms", ylabel="sum of its blocks, ms")
     named: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("mape", "mean error", lambda v: f"{100 * v:.2g} %"),
+        ("mape", "mean error", lambda v: f"{two_digits(100 * v)} %"),
         ("bias", "bias", lambda v: f"{100 * v:+.2g} %"),
         ("spearman", "Spearman", lambda v: f"{v:.3f}"),
     )
     lines = [f"{len(measured)} networks"]
     lines += [f"{name} {form(additivity[key])}" for key, name, form in named if additivity.get(key) is not None]
     if beyond:
-        ax.text(0.97, 0.05, f"weights beyond the cache added: {100 * beyond['mape']:.2g} %", transform=ax.transAxes,
-                ha="right", fontsize=9, color=COLOURS[1])  # fmt: skip
+        added = f"weights beyond the cache added: {two_digits(100 * beyond['mape'])} %"
+        ax.text(0.97, 0.05, added, transform=ax.transAxes, ha="right", fontsize=9, color=COLOURS[1])
     ax.text(0.03, 0.97, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=9, color=INK, linespacing=1.35)
     open_frame(ax)
 

@@ -9,7 +9,18 @@ import pandas as pd
 
 from latbench.report import charts
 from latbench.report.parts import Column, Grid, Picture, Section
-from latbench.report.words import amount, conditions, failures, headline, kinds, machine, measured_rows, method, noise
+from latbench.report.words import (
+    amount,
+    conditions,
+    failures,
+    headline,
+    kinds,
+    machine,
+    measured_rows,
+    method,
+    noise,
+    two_digits,
+)
 from latbench.report.words import versions as versions_in_words
 from latbench.tables import LatencyTable
 
@@ -222,7 +233,8 @@ def _noise_picture(name: str, percents: Any, table: LatencyTable) -> Picture:
     chart = charts.histogram(percents, f"half of the {confidence:g} % interval, % of the latency")
     caption = (
         f"How well each row is known, from the spread between blocks of samples and processes: half of its interval is "
-        f"{np.median(percents):.2g} % of the latency at the median, {np.quantile(percents, 0.95):.2g} % at the 95th "
+        f"{two_digits(float(np.median(percents)))} % of the latency at the median, "
+        f"{two_digits(float(np.quantile(percents, 0.95)))} % at the 95th "
         "percentile. Increments of small blocks are known least: they are differences of two figures."
     )
     return Picture(f"{name}-noise", "Noise", caption, chart)

@@ -60,6 +60,11 @@ def amount(value: float, unit: str = "ms") -> str:
     return f"{value / 1e6:.3g} M {unit}" if abs(value) >= 1e5 else f"{value:g} {unit}"
 
 
+def two_digits(value: float) -> str:
+    """To two significant digits, without an exponent up to a million: 0.65, 3.2, 600."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
 def method(provenance: Provenance) -> str:
     """How each figure was made, from the policy; empty where none is recorded."""
     p = provenance.policy

@@ -13,7 +13,7 @@ from latbench.errors import UsageError
 from latbench.oracle.store import StoredModel
 from latbench.report.diagram import cells, drawing, stages
 from latbench.report.gather import gather
-from latbench.report.words import amount, citation, kinds, machine, method
+from latbench.report.words import amount, citation, kinds, machine, method, two_digits
 from latbench.spaces.cells import RelativeNASSpace
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
@@ -197,6 +197,7 @@ def test_words() -> None:
     assert machine(Provenance("x", "y", "imported")) == "y"
     assert (amount(4.6912), amount(100.04), amount(12345.6)) == ("4.69 ms", "100 ms", "12346 ms")
     assert amount(4_231_976, "parameters") == "4.23 M parameters"
+    assert [two_digits(value) for value in (0.6549, 3.25, 76.1, 604.45)] == ["0.65", "3.2", "76", "600"]
     text = citation(LatencyTable.from_rows(ROWS, PROVENANCE))
     assert text.startswith("Latencies of mobilenet_v1 (9 blocks) were measured on Xeon with onnxruntime 1.20")
     assert f"policy {PROVENANCE.policy_id}, 80 samples in 4 blocks per row" in text
