@@ -45,6 +45,7 @@ MIN_NETWORKS = 3  # of the new device
 _REFERENCE = 2000  # random architectures over which ingredients are scaled
 _SAMPLES = 4000  # of what is fitted without sources, as a sum
 _DOUBT = 7.0  # measurements' worth of belief that sources do not mislead; chosen on HELP's latencies
+_UNTOLD = 0.2  # share of what sources tell below which a network does something else than on them; 0.1 to 0.5 are alike
 
 Source = LatencyTable | FactorOracle
 
@@ -87,7 +88,10 @@ class TransferOracle(FactorOracle):
         raw = FactorOracle(space, factors, table.provenance)
         factors, lowest = positive(raw, LOWEST * float(ms.min())), LOWEST * ms.min()
         alone = LearnedOracle.fit(table, calibrated=False)
-        share, predicted = _mix(np.maximum(level * found.left_out, lowest), left_out(alone)[False][0], ms)
+        without = left_out(alone)[False][0]
+        share, predicted = _mix(_told(np.maximum(level * found.left_out, lowest), without), without, ms)
+        if alone.tabulated is not None:
+            factors = _told_everywhere(FactorOracle(space, factors, table.provenance), alone.tabulated)
         if share:
             parts = FactorOracle(space, factors, table.provenance), _sum(alone)
             factors = _collect(*(part.scaled(by).factors for part, by in zip(parts, (1 - share, share), strict=True)))
@@ -244,6 +248,20 @@ def _reference(space: SearchSpace) -> NDArray[np.int64]:
     """(_REFERENCE, D) random architectures, always the same."""
     rng = np.random.default_rng(0)
     return np.array([space.sample(rng) for _ in range(_REFERENCE)], np.int64)
+
+
+def _told(transferred: Floats, alone: Floats) -> Floats:
+    """Predictions with sources, but where that without them is far below: of such a network the device runs little or
+    nothing (cells of which no path leads to the output, where a runtime leaves them out), and sources do not tell."""
+    return np.where(alone < _UNTOLD * transferred, alone, transferred)
+
+
+def _told_everywhere(transferred: FactorOracle, alone: FactorOracle) -> tuple[Factor, ...]:
+    """``_told`` of every architecture of a small space."""
+    shape = tuple(len(decision.options) for decision in transferred.space.decisions)
+    archs = np.indices(shape).reshape(len(shape), -1).T
+    values = _told(transferred.latencies(archs), alone.latencies(archs))
+    return (Factor("network", tuple(range(len(shape))), values.reshape(shape)),)
 
 
 def _mix(transferred: Floats, alone: Floats, ms: Floats) -> tuple[float, Floats]:

@@ -11,6 +11,7 @@ from latbench.errors import TableError, UsageError
 from latbench.oracle import transfer
 from latbench.oracle.conformal import coverage
 from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.features import live_cells
 from latbench.oracle.learned import LearnedOracle
 from latbench.oracle.transfer import TransferOracle, _mix
 from latbench.oracle.transfer_blend import Ingredient, blend
@@ -160,6 +161,29 @@ def test_where_sources_only_add_noise_the_networks_alone_are_mixed_in(monkeypatc
     assert mape(alone, device) < mape(mixed, device) < 0.6 * mape(unmixed, device)
     arrays, meta = mixed.state()
     assert TransferOracle.from_state(mixed.space, mixed.provenance, arrays, meta).share == mixed.share
+
+
+def test_networks_of_which_nothing_runs_are_told_by_the_device_alone():
+    """Sources run every edge; the device leaves out cells that no path leads through, and takes 4 us for them."""
+    space = NASBench201Space(num_cells=1)
+    whole = truth(1, space)
+    archs = np.indices([5] * 6).reshape(6, -1).T
+    dead = ~live_cells(archs)[1]
+    values = np.where(dead, 0.004, whole.latencies(archs)).reshape([5] * 6)
+    device = FactorOracle(space, (Factor("network", tuple(range(6)), values),), provenance("phone", space))
+    few = np.concatenate([np.flatnonzero(dead)[:2], np.random.default_rng(0).permutation(np.flatnonzero(~dead))[:18]])
+    rows = [
+        Row(key=str(i), kind="network", signature="", arch=tuple(a.tolist()), latency_ms=float(y))
+        for i, (a, y) in enumerate(zip(archs[few], device.latencies(archs[few]), strict=True))
+    ]
+    measured = LatencyTable.from_rows(rows, device.provenance)
+    sources = [table(truth(seed, space), 400) for seed in (2, 3)]
+    found = TransferOracle.fit(measured, sources=sources)
+    alone = LearnedOracle.fit(measured, calibrated=False)
+    assert whole.latencies(archs[dead]).min() > 2.0
+    assert found.latencies(archs[dead]).max() < 0.1
+    living = np.abs(found.latencies(archs[~dead]) / device.latencies(archs[~dead]) - 1).mean()
+    assert living < np.abs(alone.latencies(archs[~dead]) / device.latencies(archs[~dead]) - 1).mean()
 
 
 def test_a_model_of_before_shares_were_mixed_is_read(fbnet):
