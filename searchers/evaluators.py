@@ -32,14 +32,15 @@ from searchers.results import check_settings, read_json, write_json
 from searchers.sources import Indices
 from searchers.world import World
 
-KINDS = "train, synflow, naswot, table:FILE[:COLUMN[:percent]]"
+KINDS = "train[:EPOCHS], synflow, naswot, table:FILE[:COLUMN[:percent]]"
 QUICK = Recipe(epochs=3, batch_size=64, warmup_epochs=0.5, mixup=0.0)  # what a candidate is trained with
 CANDIDATES = "candidates"  # folder of their checkpoints, in the problem's
 SAVING = 0.01  # share of the time that ``Lookups`` may spend on its file
 
 
 def open_evaluator(text: str, problem: Problem, *, recipe: Recipe = QUICK) -> Evaluator:
-    """The evaluator that a text names; `recipe` is for "train". On the problem's fleet, if it has one.
+    """The evaluator that a text names; `recipe` is for "train", whose epochs may stand behind it ("train:1"). On the
+    problem's fleet, if it has one.
 
     Raises UsageError on an unknown text, TableError on a table that does not fit the space.
     """
@@ -52,13 +53,18 @@ def _opened(text: str, recipe: Recipe, problem: Problem) -> Evaluator:
     kind, colon, where = text.partition(":")
     if kind == "table" and where:
         return AccuracyTable.named(where, problem.space)
-    if kind == "train" and not colon:
-        return Trained(problem, recipe)
+    if kind == "train" and (not colon or (where.isdecimal() and int(where) > 0)):
+        return Trained(problem, for_epochs(int(where), recipe) if colon else recipe)
     if kind == "synflow" and not colon:
         return SynFlow(problem)
     if kind == "naswot" and not colon:
         return NASWOT(problem)
     raise UsageError(f"unknown evaluator {text!r}: {KINDS}")
+
+
+def for_epochs(epochs: int, recipe: Recipe = QUICK) -> Recipe:
+    """The recipe at another length. Raises UsageError."""
+    return replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs / 2))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ network in several ways, only the canonical spelling is drawn. The oracle is ask
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from latbench.errors import InfeasibleTargetError, UsageError
 from latbench.spaces.base import Arch
 from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult
 from searchers.derive import Recipe, publish
-from searchers.evaluators import QUICK, Lookups, Trained, open_evaluator
+from searchers.evaluators import QUICK, Lookups, Trained, for_epochs, open_evaluator
 from searchers.options import settings_of
 from searchers.slow_fast import violations
 from searchers.world import World
@@ -46,7 +46,7 @@ class RandomSearch:
     """
 
     evaluations: int = 50  # distinct networks; all that fit, where they are fewer
-    evaluator: str = "train"  # or synflow, naswot, table:FILE[:COLUMN]
+    evaluator: str = "train"  # or train:EPOCHS, synflow, naswot, table:FILE[:COLUMN]
     epochs: int = QUICK.epochs
     batch_size: int = QUICK.batch_size  # of all processes
     lr: float = QUICK.lr  # at 1024 images a batch, scaled linearly
@@ -61,8 +61,7 @@ class RandomSearch:
     @property
     def recipe(self) -> Recipe:
         """Of a candidate's training. Raises UsageError."""
-        warmup = min(QUICK.warmup_epochs, self.epochs / 2)
-        return Recipe(self.epochs, self.batch_size, self.lr, warmup_epochs=warmup, mixup=QUICK.mixup)
+        return replace(for_epochs(self.epochs), batch_size=self.batch_size, lr=self.lr)
 
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``; with more `evaluations` it goes on from those made before."""

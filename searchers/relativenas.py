@@ -62,7 +62,7 @@ class RelativeNAS(Training):
     population: int = 20  # even
     generations: int = 50
     feasible_start: bool = False  # the first generation keeps the budgets; else it is uniform, as released
-    evaluator: str = SUPERNET  # or train, synflow, naswot, table:FILE[:COLUMN]
+    evaluator: str = SUPERNET  # or train[:EPOCHS], synflow, naswot, table:FILE[:COLUMN]
     evaluations: int | None = None  # distinct networks that such an evaluator is asked for at most
     renewal: bool = True  # [E] with such an evaluator a population that agrees is climbed from and renewed (slow_fast)
 

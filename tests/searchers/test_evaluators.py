@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,13 +101,15 @@ def test_texts_name_evaluators(tmp_path):
     assert open_evaluator("synflow", problem) == SynFlow(problem)
     assert open_evaluator("naswot", problem) == NASWOT(problem)
     assert open_evaluator("train", problem, recipe=RECIPE) == Trained(problem, RECIPE)
+    one = open_evaluator("train:1", problem, recipe=replace(RECIPE, epochs=3, warmup_epochs=1.5))
+    assert one == Trained(problem, replace(RECIPE, epochs=1, warmup_epochs=0.5))
     with pytest.raises(TableError, match=r"nowhere\.parquet cannot be read"):
         open_evaluator(f"table:{tmp_path}/nowhere.parquet", problem)
 
 
-@pytest.mark.parametrize("text", ["guess", "train:3", "table", "table:", "synflow:2", ""])
+@pytest.mark.parametrize("text", ["guess", "train:", "train:0", "train:long", "table", "table:", "synflow:2", ""])
 def test_texts_that_name_none(tmp_path, text):
-    with pytest.raises(UsageError, match=r"unknown evaluator .*: train, synflow, naswot, table:FILE"):
+    with pytest.raises(UsageError, match=r"unknown evaluator .*: train\[:EPOCHS\], synflow, naswot, table:FILE"):
         open_evaluator(text, problem_of(tmp_path))
 
 
