@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from latbench.profiling.fleet_node import FleetNode
     from latbench.spaces.base import Arch, SearchSpace
 
+UNSTEADY = 5.0  # times the precision asked for: what a shared host does in an hour of noise
+
 
 @click.command()
 @measuring.DEVICE
@@ -243,6 +245,7 @@ def _summary(outcome: Outcome | FleetOutcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 1),
         "interval_median": float(half.median()) if len(half) else None,
         "interval_p95": float(half.quantile(0.95)) if len(half) else None,
+        "precision": outcome.table.provenance.policy["precision"],
         "additivity": _without_series(additivity),
         **({"additivity_isolated": _without_series(isolated)} if isolated else {}),
         "canary": outcome.table.notes.get("canary"),
@@ -276,6 +279,11 @@ def _told(summary: dict[str, Any]) -> str:
             f"95 % intervals: half-width {summary['interval_median']:.2%} of the latency (median), "
             f"{summary['interval_p95']:.2%} (95th percentile)"
         )
+        if summary["interval_median"] > UNSTEADY * summary["precision"]:
+            lines.append(
+                f"the machine did not hold still: half of the rows are known to no better than that, and "
+                f"{summary['precision']:.0%} was wanted. Why: latbench doctor; measure again in a quieter hour"
+            )
     canary = summary["canary"] or {}
     if "spread" in canary:
         lines.append(

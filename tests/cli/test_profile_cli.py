@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from click import Context
 from click.testing import CliRunner, Result
 
 from latbench.cli import cli
+from latbench.cli.profile import _summary, _told
 from latbench.cli.target import assignment
 from latbench.errors import UsageError
 from latbench.oracle.sampling import METHODS, choose
 from latbench.profiling.jobs import jobs_of
+from latbench.profiling.profile import Outcome
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.tables import LatencyTable
 
@@ -126,6 +129,21 @@ def test_failed_rows_are_status_2_and_told_by_reason(tmp_path: Path, monkeypatch
     assert result.exit_code == 2
     assert "failed: no room" in result.stdout
     assert (LatencyTable.read(tmp_path / "t.parquet").frame["status"] == "error").any()
+
+
+@pytest.mark.parametrize(("half", "told"), [(0.02, False), (0.09, False), (0.3, True)])
+def test_a_machine_that_does_not_hold_still_is_told(half: float, told: bool, tmp_path: Path) -> None:
+    run(*ROOFLINE, "-o", tmp_path / "t.parquet")
+    table = LatencyTable.read(tmp_path / "t.parquet")
+    rows = [
+        replace(row, ci_low_ms=(1 - half) * row.gross_ms, ci_high_ms=(1 + half) * row.gross_ms)
+        for row in table.rows()
+        if row.gross_ms is not None
+    ]
+    outcome = Outcome(LatencyTable.from_rows(rows, table.provenance), tmp_path / "t.parquet", len(rows), 0, 1.0)
+    line = "half of the rows are known to no better than that, and 2% was wanted. Why: latbench doctor"
+    assert len(rows) > 20
+    assert (line in _told(_summary(outcome))) == told
 
 
 BAD_INPUT = {
