@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
 
 SCHEMES: tuple[Scheme, ...] = ("onnxruntime", "openvino", "tensorrt")
+CPUINFO = Path("/proc/cpuinfo")
 TOLERANCE = 0.05  # RMS of the change over the RMS of the outputs: random weights, min-max of 4 batches (seen: 0.04)
+
+
+def saturates() -> bool:
+    """Whether this processor's int8 kernels add pairs of products in 16 bits, as x86 without VNNI does: outputs of a
+    right model are 5 to 30 % off then, on both runtimes."""
+    if platform.machine() not in ("x86_64", "AMD64") or not CPUINFO.exists():
+        return False
+    return "vnni" not in CPUINFO.read_text()
 
 
 def residual() -> Graph:
@@ -67,8 +77,10 @@ def observed(model: ModelProto, scheme: Scheme, folder: Path) -> dict[str, Range
 
 
 def runner_of(name: str, path: Path) -> Any:
-    if name == "onnxruntime":
-        return OnnxRuntimeBackend({}).load(path)
+    if name == "onnxruntime":  # as it stands, Q/DQ pairs are computed in float32
+        return OnnxRuntimeBackend({"optimisation": "none"} if saturates() else {}).load(path)
+    if saturates():
+        pytest.skip("int8 kernels of this processor saturate: no VNNI")
     pytest.importorskip("openvino", reason="pip install 'latbench[openvino]'")
     from latbench.backends.openvino import OpenVinoBackend
 
