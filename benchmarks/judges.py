@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from against_random import oracle_of, quantile
+from against_random import oracle_of, quantile, trained
 from scipy.stats import spearmanr
 
 from latbench.oracle.base import Constraint
 from searchers.base import Problem
-from searchers.derive import Recipe, train_network
 from searchers.evaluators import open_evaluator
 from searchers.random_search import draw
 
@@ -39,6 +38,7 @@ def main() -> None:
     parser.add_argument("--quantile", type=float, default=0.1)
     parser.add_argument("--images", type=int, default=3000, help="of the final training")
     parser.add_argument("--epochs", type=int, default=6, help="of the final training")
+    parser.set_defaults(batch_size=64, lr=0.8)  # of the final training, as against_random's
     given = parser.parse_args()
     oracle = oracle_of(given.model)
     constraint = Constraint(oracle, quantile(oracle, given.quantile))
@@ -48,11 +48,9 @@ def main() -> None:
             return Problem((constraint,), given.data, Path(folder) / name, seed, max_images=images)
 
         archs = draw(problem("drawn", 0, given.images), given.networks, np.random.default_rng(5)).archs
-        recipe = Recipe(given.epochs, 64, 0.8, warmup_epochs=0.5, mixup=0.0)
         truth, seconds = np.zeros((len(SEEDS), len(archs))), time.monotonic()
         for at in np.ndindex(truth.shape):
-            one = problem(f"final-{at}", SEEDS[at[0]], given.images)
-            truth[at] = train_network(one, archs[at[1]], recipe, folder=one.out)[1]["accuracy"]
+            truth[at] = trained(problem(f"final-{at}", SEEDS[at[0]], given.images), archs[at[1]], given)
         whole = (time.monotonic() - seconds) / truth.size
         apart = (truth[0] - truth[1]).std(ddof=1) / np.sqrt(2)
         spread = truth.mean(0).std(ddof=1)

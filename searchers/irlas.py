@@ -84,7 +84,7 @@ class IRLAS:
     shape_reward: bool = True
     hopeful: bool = False  # [E] values are the best that ever followed; for searches of hundreds of blocks (qlearning)
     foresight: int = 1  # [E] blocks drawn for each that is asked for: the most promising of those within the budgets
-    evaluator: str = "train"  # or synflow, naswot, table:FILE
+    evaluator: str = "train"  # or [E] train:EPOCHS in the deployed stack, synflow, naswot, table:FILE
     proxy: Literal["cifar", "space"] = "cifar"  # the stack that blocks are judged in: BlockQNN's, or the deployed one
     proxy_resolution: int = 32  # of "cifar"
     held_out: float = 0.1  # of the training images, to judge by
@@ -139,9 +139,10 @@ class IRLAS:
         trained = self.mirror(space)
         scout = self.scout(space, problem.constraints)
         splits = Splits.of(problem, space.num_classes, held_out=self.held_out)
-        world, identity = World.here(), self._identity(problem, world_size=World.here().size)
+        world = World.here()
+        identity = self._identity(problem, world_size=world.size)
         evaluator = self._evaluator(problem) if problem.fleet is None else OnFleet(self._evaluator, problem)
-        judged = {name: value for name, value in identity.items() if name != "constraints"}
+        judged = self._identity(problem, world_size=world.size, constraints=False)
         lookups = Lookups(evaluator, space, path=problem.out / LOOKUPS, identity=judged)
         search = BlockSearch(
             self, space, trained, lookups.evaluate, problem.constraints, seed=problem.seed, prepare=lookups.prepare
@@ -209,9 +210,9 @@ class IRLAS:
             value -= self.latency_weight * np.log(np.maximum(bounds / targets, 1.0)).sum()
         return float(value / 100)
 
-    def _identity(self, problem: Problem, *, world_size: int) -> dict[str, Any]:
+    def _identity(self, problem: Problem, *, world_size: int, constraints: bool = True) -> dict[str, Any]:
         options = settings_of(self, without=FINAL)
-        return {**problem.identity(options), "seed": problem.seed, "processes": world_size}
+        return {**problem.identity(options, constraints=constraints), "seed": problem.seed, "processes": world_size}
 
     def _evaluator(self, problem: Problem) -> Evaluator:
         space = space_of(problem)
@@ -222,7 +223,7 @@ class IRLAS:
             )  # fmt: skip
             return EarlyStop(problem, judged if self.proxy == "cifar" else space, splits, self.training)
         found = open_evaluator(self.evaluator, problem)
-        return found if self.evaluator.startswith("table:") else Standardised(found, space)
+        return found if self.evaluator.startswith(("table:", "train:")) else Standardised(found, space)
 
     def _final(
         self, problem: Problem, splits: Splits, arch: Arch, reporter: Reporter | None

@@ -28,8 +28,8 @@ from latbench.oracle.calibrated_design import Design, canonical, design_of, like
 from latbench.oracle.calibrated_posterior import Posterior, posterior_of
 from latbench.oracle.capacity import Capacity
 from latbench.oracle.conformal import Conformal
-from latbench.oracle.factors import Factor, FactorOracle
-from latbench.oracle.features import MAX_TABULATED, Additive
+from latbench.oracle.factors import MAX_TABULATED, FactorOracle, in_full
+from latbench.oracle.features import Additive
 from latbench.oracle.lut import LutOracle, Measure
 from latbench.provenance import Provenance
 from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
@@ -220,10 +220,8 @@ class CalibratedOracle:
         """Every architecture of a small space in one factor: exact in expectation, and dead edges cost nothing."""
         if self.space.size > MAX_TABULATED:
             return None
-        shape = tuple(len(d.options) for d in self.space.decisions)
-        archs = np.stack(np.unravel_index(np.arange(self.space.size), shape), axis=1)
-        values = self.predict(archs)[0].reshape(shape)
-        return FactorOracle(self.space, (Factor("network", tuple(range(len(shape))), values),), self.provenance)
+        every = in_full(self.space, lambda archs: self.predict(archs)[0])
+        return FactorOracle(self.space, (every,), self.provenance)
 
 
 _POSTERIOR = ("log_widths", "phi", "weights", "sums_ms", "inverse", "alpha")

@@ -26,6 +26,7 @@ from latbench.spaces.base import Arch, FactoredSpace, SearchSpace
 
 F = TypeVar("F", bound="FactorOracle")
 MISSING = SOURCES.index("missing")
+MAX_TABULATED = 20_000  # architectures: a smaller space can be written out in full
 _MAX_TABLE = 50_000_000  # entries of one array while a minimum is sought
 
 
@@ -37,6 +38,13 @@ class Factor:
     scope: tuple[int, ...]  # ascending
     values: Floats  # (K_1, ..., K_s); NaN: missing
     source: NDArray[np.int8] | None = None  # of `values`' shape, positions in SOURCES; None: all fitted
+
+
+def in_full(space: SearchSpace, figures: Callable[[NDArray[np.int64]], Floats]) -> Factor:
+    """`figures`, (N, D) -> (N, ...), of every architecture of a small space, as one factor over all decisions."""
+    shape = tuple(len(decision.options) for decision in space.decisions)
+    values = figures(np.stack(np.unravel_index(np.arange(space.size), shape), axis=1))
+    return Factor("network", tuple(range(len(shape))), values.reshape(*shape, *values.shape[1:]))
 
 
 class Chain(NamedTuple):

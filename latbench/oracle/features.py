@@ -25,7 +25,6 @@ from latbench.spaces.nasbench201 import EDGES, NODE_SCOPES, NASBench201Space
 
 Ints = NDArray[np.int64]
 QUANTITIES = ("kernels", "macs", "bytes", "weights")
-MAX_TABULATED = 20_000  # architectures: a smaller space can be written out in full
 MAX_BLOCKS = 600  # distinct blocks: beyond it (widths), a figure per block says less than its sizes do
 N_WHOLE = 256  # sampled networks whose figures stand for those of a space that does not factor
 _BYTES = {"float32": 4, "float16": 2}

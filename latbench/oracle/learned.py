@@ -20,8 +20,8 @@ from latbench.errors import TableError, UsageError
 from latbench.oracle import learned_gp as gp
 from latbench.oracle.base import Archs, Floats, P, check_archs, space_of
 from latbench.oracle.conformal import Conformal
-from latbench.oracle.factors import Factor, FactorOracle
-from latbench.oracle.features import MAX_TABULATED, views
+from latbench.oracle.factors import MAX_TABULATED, FactorOracle, in_full
+from latbench.oracle.features import views
 from latbench.oracle.learned_compiled import Compiled, compiled, raised
 from latbench.oracle.learned_features import scaler
 from latbench.provenance import Provenance
@@ -209,10 +209,8 @@ class LearnedOracle:
         """Every architecture of a small space in one factor."""
         if self.space.size > MAX_TABULATED:
             return None
-        shape = tuple(len(decision.options) for decision in self.space.decisions)
-        archs = np.stack(np.unravel_index(np.arange(self.space.size), shape), axis=1)
-        values = self._in_chunks(archs, lambda rows: self._predict(rows, None)[0]).reshape(shape)
-        return FactorOracle(self.space, (Factor("network", tuple(range(len(shape))), values),), self.provenance)
+        every = in_full(self.space, lambda archs: self._in_chunks(archs, lambda rows: self._predict(rows, None)[0]))
+        return FactorOracle(self.space, (every,), self.provenance)
 
     def _sum(self, archs: NDArray[np.int64]) -> Floats:
         found = sum(share * c.of(archs) for share, c in zip(self.shares, self._compiled, strict=True))

@@ -24,13 +24,12 @@ from numpy.typing import NDArray
 from latbench.errors import TableError, UsageError
 from latbench.oracle.base import Floats, check_archs, space_of
 from latbench.oracle.conformal import Conformal
-from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.factors import MAX_TABULATED, Factor, FactorOracle, in_full
 from latbench.oracle.features import Additive, View, physical, views
 from latbench.oracle.learned import LearnedOracle, left_out
 from latbench.oracle.transfer_blend import Ingredient, blend
 from latbench.oracle.transfer_sources import (
     LOWEST,
-    MAX_TABULATED,
     device_of,
     main_effects,
     nearest_sum,
@@ -90,8 +89,9 @@ class TransferOracle(FactorOracle):
         alone = LearnedOracle.fit(table, calibrated=False)
         without = left_out(alone)[False][0]
         share, predicted = _mix(_told(np.maximum(level * found.left_out, lowest), without), without, ms)
+        summed = FactorOracle(space, factors, table.provenance)
         if alone.tabulated is not None:
-            factors = _told_everywhere(FactorOracle(space, factors, table.provenance), alone.tabulated)
+            factors = (in_full(space, lambda a: _told(summed.latencies(a), alone.latencies(a))),)
         if share:
             parts = FactorOracle(space, factors, table.provenance), _sum(alone)
             factors = _collect(*(part.scaled(by).factors for part, by in zip(parts, (1 - share, share), strict=True)))
@@ -218,13 +218,11 @@ def _paper_terms(space: SearchSpace) -> Iterator[_Term]:
 
 def _tabulated(view: View) -> Additive:
     """A view's figures, which need not add up, of every architecture of a small space."""
-    shape = tuple(len(decision.options) for decision in view.space.decisions)
     if view.space.size > MAX_TABULATED:
         return Additive((), np.zeros(0), ())
     names = physical(view.space).names
-    figures = view.figures(np.indices(shape).reshape(len(shape), -1).T)[1]
-    table = figures.reshape(*shape, len(names))
-    return Additive(names, np.zeros(len(names)), ((tuple(range(len(shape))), table),))
+    every = in_full(view.space, lambda archs: view.figures(archs)[1])
+    return Additive(names, np.zeros(len(names)), ((every.scope, every.values),))
 
 
 def _centred(
@@ -254,14 +252,6 @@ def _told(transferred: Floats, alone: Floats) -> Floats:
     """Predictions with sources, but where that without them is far below: of such a network the device runs little or
     nothing (cells of which no path leads to the output, where a runtime leaves them out), and sources do not tell."""
     return np.where(alone < _UNTOLD * transferred, alone, transferred)
-
-
-def _told_everywhere(transferred: FactorOracle, alone: FactorOracle) -> tuple[Factor, ...]:
-    """``_told`` of every architecture of a small space."""
-    shape = tuple(len(decision.options) for decision in transferred.space.decisions)
-    archs = np.indices(shape).reshape(len(shape), -1).T
-    values = _told(transferred.latencies(archs), alone.latencies(archs))
-    return (Factor("network", tuple(range(len(shape))), values.reshape(shape)),)
 
 
 def _mix(transferred: Floats, alone: Floats, ms: Floats) -> tuple[float, Floats]:

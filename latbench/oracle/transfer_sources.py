@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from latbench.errors import TableError, UsageError
 from latbench.oracle.base import Floats, check_archs, space_of
-from latbench.oracle.factors import Factor, FactorOracle
+from latbench.oracle.factors import MAX_TABULATED, Factor, FactorOracle, in_full
 from latbench.oracle.features import identity
 from latbench.provenance import Provenance
 from latbench.spaces.base import FactoredSpace, SearchSpace
 from latbench.tables import LatencyTable
 
 MIN_NETWORKS = 10  # of a source
-MAX_TABULATED = 20_000  # architectures: a smaller space is written out in full
 LOWEST = 0.1  # no network is predicted below this share of the fastest measured one
 _PAIR_SCALE = 0.3  # size expected of an interaction, relative to a main effect's
 _MAX_BLOCKS = 600  # distinct ones that get columns of their own
@@ -182,9 +181,7 @@ def positive(oracle: FactorOracle, floor: float) -> tuple[Factor, ...]:
     """
     space = oracle.space
     if space.size <= MAX_TABULATED:
-        shape = tuple(len(decision.options) for decision in space.decisions)
-        values = oracle.latencies(np.indices(shape).reshape(len(shape), -1).T)
-        return (Factor("network", tuple(range(len(shape))), np.maximum(values, floor).reshape(shape)),)
+        return (in_full(space, lambda archs: np.maximum(oracle.latencies(archs), floor)),)
     try:
         _, fastest = oracle.fastest()
     except UsageError:  # too entangled: a bound

@@ -318,7 +318,7 @@ def colours(n=192):
 
 
 def test_a_toy_is_learned_from_end_to_end(tmp_path):
-    """Pretraining, search and fine-tuning: right, within the target, and no slower than it began."""
+    """Pretraining, search and fine-tuning: right, within the target, and faster than it began."""
     space = InstaNASSpace(plan="8x1,8x1s2,8x1s2", stem_channels=8, head_channels=32, num_classes=2)
     oracle = LutOracle.fit(roofline_table(space))
     searcher = InstaNAS(
@@ -326,11 +326,11 @@ def test_a_toy_is_learned_from_end_to_end(tmp_path):
         pretrain_lr=0.05, finetune_batch_size=16, controller_lr=5e-3, net_lr=0.02,
     )  # fmt: skip
     target = oracle.fastest()[1] + 0.2 * (oracle.latency((31, 31, 31)) - oracle.fastest()[1])
-    result = searcher.search(Problem((Constraint(oracle, target),), colours(), tmp_path))
+    result = searcher.search(Problem((Constraint(oracle, target),), colours(), tmp_path, seed=1))  # begins above it
     assert result.score >= 0.9
     assert result.notes["latency"][0]["mean"] <= target
     loads = [row["predicted_map"] for row in result.history if "predicted_map" in row]
-    assert loads[-1] <= 1.02 * loads[0]  # processors differ in the last digits, and so in where two epochs lead
+    assert loads[-1] < 0.9 * loads[0]
     figures = [v for row in result.history for v in row.values() if isinstance(v, float)]
     assert np.isfinite(figures).all()
 

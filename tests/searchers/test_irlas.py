@@ -19,6 +19,7 @@ from latbench.tables import LatencyTable, Row
 from searchers.base import Problem
 from searchers.data import Splits
 from searchers.early_stop import EarlyStop, ShortTraining, Standardised
+from searchers.evaluators import open_evaluator
 from searchers.irlas import IRLAS
 from searchers.irlas_blocks import BlockSearch
 from searchers.results import read_result
@@ -134,6 +135,13 @@ class TestIRLAS(SearcherConformance):
         result = replace(self.searcher, evaluator="synflow", iterations=2, finalists=1).search(problem)
         assert problem.satisfied(result.arch)
         assert float(constraint.bounds(np.array([result.arch]))[0]) > result.predicted[0]
+
+    def test_proxies_are_standardised_and_accuracies_are_not(self, tmp_path: Path) -> None:
+        problem, arch = self.problem(tmp_path), self.space.parse_arch(EXPERT)
+        for name, as_it_is in (("train:1", True), ("naswot", False)):
+            judged = replace(self.searcher, evaluator=name)._evaluator(problem).evaluate(arch)
+            assert 0 <= judged <= 1
+            assert (judged == open_evaluator(name, problem).evaluate(arch)) == as_it_is
 
 
 # ---- the reward -----------------------------------------------------------------------------------------------------
