@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from latbench.profiling.throughput import Throughput
     from latbench.tables import Row
 
+SATURATED = 1.5  # times the error that int8 itself costs
+
 
 def plain(result: Bench) -> dict[str, Any]:
     """The result as data for ``--json``, without raw samples."""
@@ -113,9 +115,13 @@ def _int8_line(model: Model) -> str:
     report = model.int8
     assert report is not None
     how = "min-max" if report.percentile is None else f"{report.percentile:.4%} of the values at either end"
+    here = report.error_here
+    off = "" if here is None else f", with this processor's int8 kernels by {here:.2%}"
+    if here is not None and here > SATURATED * report.error:
+        off += ", more than int8 costs: so on x86 without VNNI, whose sums of 16 bits saturate; times hold"
     return (
         f"{report.n_tensors} activations calibrated on {report.n_samples} samples ({how}); "
-        f"outputs change by {report.error:.2%} (RMS)"
+        f"outputs change by {report.error:.2%} (RMS){off}"
     )
 
 

@@ -15,7 +15,7 @@ in float32, 0.38 with its own scheme, 2.8 with TensorRT's). A scheme is named af
 onnxruntime.quantization would serve the first only: for TensorRT its models have to be rewritten (ModelOpt patches it),
 and it works through files and a logger. So: one pass of ours, and a test that holds it against theirs. Transposed
 convolutions stay in float32: ONNX Runtime has no int8 kernel for them. Processors without VNNI add pairs of products in
-16 bits, which may saturate: that costs accuracy, not time.
+16 bits, which may saturate: that costs accuracy, not time, and ``bench`` says how much.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from latbench.graph import onnx_model, torch_export
 from latbench.graph.ir import DType
 from latbench.graph.passes import FoldReport, fold_structure, plan_fold
 from latbench.measure.base import SamplingPlan
-from latbench.profiling.int8 import Int8Report, in_int8, scheme_of
+from latbench.profiling.int8 import Int8Report, in_int8
 from latbench.profiling.jobs import GraphJob, Job, OnnxJob
 from latbench.profiling.profile import Target
 from latbench.profiling.rows import finish
@@ -51,7 +51,7 @@ class Model:
 
     def in_int8(self, backend: type[Backend], data: Path, percentile: float | None = None) -> Model:
         """As `backend` runs it in int8, calibrated on `data`. Raises UsageError, ModelError."""
-        job, report = in_int8(self.job, scheme_of(backend), data, percentile)
+        job, report = in_int8(self.job, backend, data, percentile)
         return replace(self, job=job, int8=report)
 
 

@@ -10,6 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from latbench.cli import cli
+from latbench.cli.bench_output import _int8_line
+from latbench.profiling.bench import Model
+from latbench.profiling.int8 import Int8Report
 from latbench.tables import LatencyTable
 
 SMALL = ["mobilenet_v1:narrowest", "--resolution", "32", "--set", "levels=2", "--set", "num_classes=10"]
@@ -40,6 +43,7 @@ def test_int8_is_measured_in_int8_and_says_what_it_costs(data: Path, tmp_path: P
     report = found["int8"]
     assert (report["scheme"], report["n_samples"], report["percentile"]) == ("onnxruntime", 4, None)
     assert 0 < report["error"] < 0.1
+    assert report["error_here"] > 0.5 * report["error"]
     (row,) = LatencyTable.read(tmp_path / "t.parquet").rows()
     assert row.signature.startswith("int8:onnxruntime;float32;")
 
@@ -63,6 +67,15 @@ def test_a_users_model_in_int8_and_in_words(data: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     words = " ".join(result.stdout.split())
     assert "calibrated on 4 samples (99.9000% of the values at either end); outputs change by" in words
+    assert "(RMS), with this processor's int8 kernels by" in words
+
+
+def test_kernels_that_saturate_are_named() -> None:
+    job, folded = None, None
+    for here, named in ((0.021, False), (0.18, True), (None, False)):
+        report = Int8Report("onnxruntime", "data.npy", 4, None, 9, 0.02, here)
+        line = _int8_line(Model("net", job, folded, int8=report))  # type: ignore[arg-type]
+        assert ("VNNI" in line) == named
 
 
 def test_throughput_is_no_latency_and_in_no_table() -> None:
