@@ -51,7 +51,7 @@ from latbench.tables import LatencyTable
 from searchers.accuracy_table import AccuracyTable
 from searchers.base import TOLERANCE, Problem
 from searchers.evaluators import BudgetSpentError, Lookups
-from searchers.foresight import promising
+from searchers.foresight import figures_of, promising
 from searchers.qlearning import SCHEDULE, Learner, Process, Rates, Trajectory, epsilons
 from searchers.random_search import draw
 from searchers.slow_fast import explore, violations
@@ -201,7 +201,8 @@ class QLearning:
             kept = violations((constraint,), np.array(drawn, np.int64)) <= TOLERANCE
             spelled = {lookups.space.canonical(arch): arch for arch, keeps in zip(drawn, kept, strict=True) if keeps}
             new = [arch for network, arch in spelled.items() if network not in asked]
-            order = promising({arch: -reward for arch, reward in known.items()}, new)
+            losses = {arch: -reward for arch, reward in known.items()}
+            order = promising(losses, new, figures_of(lookups.space))
             return [new[i] for i in order[: self.samples]] or list(drawn[: self.samples])
 
         for i in range(self.iterations):

@@ -20,7 +20,7 @@ from latbench.spaces.base import Arch
 from latbench.spaces.nsc import IRLASSpace
 from searchers import mirror, train
 from searchers.base import TOLERANCE, Reporter, Scalar
-from searchers.foresight import promising
+from searchers.foresight import figures_of, promising
 from searchers.qlearning import Floats, Learner, Process, Rates, Trajectory
 from searchers.results import check_settings, write_bytes
 
@@ -171,7 +171,8 @@ class BlockSearch:
             new = self._kept(new)
         known = {self.arch(block): -self.score(block) for block in self.accuracies}
         n = self.options.rates.samples
-        return [new[i] for i in promising(known, [self.arch(block) for block in new])[:n]] or list(drawn[:n])
+        order = promising(known, [self.arch(block) for block in new], figures_of(self.space))
+        return [new[i] for i in order[:n]] or list(drawn[:n])
 
     def _kept(self, blocks: list[Trajectory]) -> list[Trajectory]:
         """Those that keep all budgets."""

@@ -29,7 +29,7 @@ from latbench.errors import UsageError
 from latbench.oracle.base import Constraint
 from latbench.spaces.base import Arch, SearchSpace
 from searchers.base import TOLERANCE
-from searchers.foresight import promising
+from searchers.foresight import figures_of, promising
 
 KEEP, IN_VAIN = 2 / 3, 3  # of a renewed population: share of the best's decisions; as often it may fail to improve
 DRAWN, TRIED = 50, 8  # vectors drawn for each that is kept; single changes tried of a network before it counts as best
@@ -283,7 +283,7 @@ class Renewal:
         for row in np.flatnonzero(violations(self.constraints, archs) == 0).tolist():
             rows.setdefault(self.space.canonical(tuple(archs[row].tolist())), row)
         new = {arch: row for arch, row in rows.items() if arch not in self.known}
-        return np.array(list(new.values()), np.int64)[promising(self.known, list(new))]
+        return np.array(list(new.values()), np.int64)[promising(self.known, list(new), figures_of(self.space))]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; without ``known``, which follows from all that was noted."""

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from latbench.oracle.features import physical
+from latbench.spaces.cells import RelativeNASSpace
+from latbench.spaces.nasbench201 import NASBench201Space
+from latbench.spaces.nsc import IRLASSpace
 from searchers import foresight
-from searchers.foresight import MAX_KNOWN
+from searchers.foresight import MAX_KNOWN, figures_of
 
 
 def networks(n, seed, decisions=8, options=4):
@@ -17,9 +21,9 @@ def networks(n, seed, decisions=8, options=4):
     return np.stack(np.unravel_index(places, (options,) * decisions), axis=1)
 
 
-def promising(known, losses, candidates):
+def promising(known, losses, candidates, figures=None):
     losses = dict(zip(map(tuple, np.asarray(known).tolist()), np.asarray(losses).tolist(), strict=True))
-    return np.array(foresight.promising(losses, list(map(tuple, np.asarray(candidates).tolist()))), np.int64)
+    return np.array(foresight.promising(losses, list(map(tuple, np.asarray(candidates).tolist())), figures), np.int64)
 
 
 @pytest.mark.parametrize("kind", ["sums", "joint"])
@@ -70,3 +74,36 @@ def test_of_many_networks_the_latest_count():
     latest = promising(known[50:], losses[50:], candidates)
     losses[:50] = -1e9
     assert np.array_equal(promising(known, losses, candidates), latest)
+
+
+def test_figures_tell_much_of_few_networks_where_losses_follow_what_they_cost():
+    space = RelativeNASSpace(channels=4, layers=3, resolution=8)
+    rng = np.random.default_rng(0)
+    known, candidates = (np.array([space.sample(rng) for _ in range(n)]) for n in (10, 200))
+    (column,) = [i for i, name in enumerate(physical(space).names) if name == "total/macs"]
+    losses = [-physical(space).of(archs)[:, column] for archs in (known, candidates)]
+    with_, without = (
+        spearmanr(np.argsort(promising(known, losses[0], candidates, figures)), losses[1])[0]
+        for figures in (figures_of(space), None)
+    )
+    assert with_ > 0.6 > 0.4 > without
+
+
+@pytest.mark.parametrize(
+    "space",
+    [RelativeNASSpace(channels=4, layers=3, resolution=8), IRLASSpace(resolution=16, max_index=4), NASBench201Space()],
+)
+def test_figures_of_a_space_are_on_one_scale(space):
+    rng = np.random.default_rng(1)
+    figures = figures_of(space)(np.array([space.sample(rng) for _ in range(60)]))
+    apart = ((figures[:, None] - figures) ** 2).sum(-1)
+    assert 1 < apart[np.triu_indices(60, 1)].mean() < 4
+
+
+def test_what_no_output_reads_tells_nothing():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    dead = space.parse_arch("|nor_conv_3x3~0|+|none~0|none~1|+|nor_conv_1x1~0|none~1|none~2|")
+    spelled = np.array([dead, space.canonical(dead)])
+    assert tuple(dead) != space.canonical(dead)
+    one, other = figures_of(space)(spelled)
+    assert np.array_equal(one, other)

@@ -337,7 +337,7 @@ def test_climbing_asks_for_the_most_promising_changes_first():
 
 
 def test_a_population_that_agrees_is_renewed_around_the_best_and_forgets_it_after_failures(monkeypatch):
-    monkeypatch.setattr(slow_fast, "promising", lambda known, candidates: list(range(len(candidates))))
+    monkeypatch.setattr(slow_fast, "promising", lambda known, candidates, figures: list(range(len(candidates))))
     space = NASBench201Space(num_cells=1, channels=4, resolution=8)
     renewal, population = Renewal(space, ()), Population(upper_bounds(space), 40, seed=0)
     population.vectors[:] = 3.5
