@@ -7,7 +7,7 @@ evaluation on, by the lower end of what it expects.
 
 Pre-selection by a model in evolutionary search: Jin, Surrogate-assisted Evolutionary Computation, 2011; in architecture
 search: White, Neiswanger, Savani (BANANAS), AAAI 2021. Features of graphs tell more of few networks than decisions do:
-Kadlecová et al., Surprisingly Strong Performance Prediction with Neural Graph Features, ICML 2024. Figures: DECISIONS.md,
+Kadlecová et al., Surprisingly Strong Performance Prediction with Neural Graph Features, ICML 2024. Figures: decisions
 49 and 57.
 """
 
