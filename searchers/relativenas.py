@@ -15,7 +15,7 @@ Differs from the paper and its released code:
 * Both of a pair see the same images, crops and noise: what differs is the genotype. Every draw is seeded; theirs splits
   the images by an unseeded generator.
 * The rate is the cosine itself; theirs is a recursion whose values depend on the PyTorch release.
-* With another `evaluator` than the store, whose answers hold for good, a population that agrees is renewed
+* With another `evaluator` than the store, whose answers hold for good, one that finds nothing better is renewed
   (``slow_fast``), and `evaluations` bounds what is asked; theirs would ask for the same networks again.
 * A loss that is not finite is the worst and leaves nothing in the store; two of them end the search.
 * Holes of the cutout are `cutout` of the image's side; theirs 16 of 32 pixels.
@@ -64,7 +64,7 @@ class RelativeNAS(Training):
     feasible_start: bool = False  # the first generation keeps the budgets; else it is uniform, as released
     evaluator: str = SUPERNET  # or train[:EPOCHS], synflow, naswot, table:FILE[:COLUMN]
     evaluations: int | None = None  # distinct networks that such an evaluator is asked for at most
-    renewal: bool = True  # [E] with such an evaluator a population that agrees is climbed from and renewed (slow_fast)
+    renewal: bool = True  # [E] with such an evaluator: populations follow each other (slow_fast)
 
     name: ClassVar[str] = "relativenas"
 
@@ -222,7 +222,7 @@ class _Course:
                     self.renewal.note(arch, loss)
 
     def renew(self, loss: Callable[[Arch], float]) -> None:
-        """Another population where this one has agreed."""
+        """Another population where this one finds nothing better."""
 
         def ask(arch: Arch) -> float:
             self.seen[arch] = loss(arch)

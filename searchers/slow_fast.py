@@ -9,14 +9,16 @@ Differs from the released code: one winner of a pair decides everything, the fir
 one the winner here and the other there. A loss that is not finite is the worst.
 
 Extension [E], for judges whose answers hold for good (``explore``, evaluators): ``Renewal``. A population of 12 agrees
-after some 40 networks and asks for nothing new, whatever is left to spend. From the best network of one that has agreed
-the most promising single changes are tried (``foresight``), which vectors that have met leave untried; then a new
-population follows, the most promising of many vectors, half of which are drawn around the best so far. Where candidates
-are trained from a weight store the population stays, as published: a loss there is never the same twice.
+after some 40 networks and asks for nothing new, whatever is left to spend; one in a large space never does. After a
+generation that brings nothing better the most promising single changes of the best network are tried (``foresight``),
+which vectors that have met leave untried; then a new population follows, the most promising of many vectors, half of
+which are drawn around the best so far. Where candidates are trained from a weight store the population stays, as
+published: a loss there is never the same twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -214,7 +216,7 @@ class Visit:
 
 
 class Renewal:
-    """Populations one after the other, each once the one before has agreed; kept in checkpoints.
+    """Populations one after the other, each once the one before finds nothing better; kept in checkpoints.
 
     Networks are in their canonical spelling.
     """
@@ -224,6 +226,7 @@ class Renewal:
         self.known: dict[Arch, float] = {}  # losses within the budgets, of all populations
         self.met: dict[Arch, None] = {}  # what this population has had
         self.own: dict[Arch, None] = {}  # of ``known``, what it was told
+        self.own_best = math.inf  # the least of these losses, a generation ago
         self.champion: Arch | None = None  # the best so far, until populations fail at it
         self.in_vain = 0  # of these
 
@@ -234,11 +237,14 @@ class Renewal:
         self.own[network] = None
 
     def advance(self, population: Population, loss: Callable[[Arch], float]) -> None:
-        """After each generation: where that brought no network that the population has not had, ``climb`` from its best
-        one, and another population. `loss` notes what it is asked."""
+        """After each generation: where that brought nothing better, or, of a population that has kept no budget yet, no
+        network that it has not had, ``climb`` from its best one, and another population. `loss` notes what it is asked.
+        """
         found = [self.space.canonical(tuple(arch)) for arch in population.archs.tolist()]
-        if not all(network in self.met for network in found):
+        best = min((self.known[arch] for arch in self.own), default=math.inf)
+        if best < self.own_best or (not self.own and not all(network in self.met for network in found)):
             self.met.update(dict.fromkeys(found))
+            self.own_best = best
             return
         own = [arch for arch in self.own if arch != self.champion]
         self.in_vain += 1
@@ -248,7 +254,7 @@ class Renewal:
                 self.champion, self.in_vain = top, 0
         if self.in_vain > IN_VAIN:
             self.champion, self.in_vain = None, 0
-        self.met, self.own = {}, {}
+        self.met, self.own, self.own_best = {}, {}, math.inf
         population.renew(self.promising(population))
 
     def climb(self, arch: Arch, loss: Callable[[Arch], float]) -> Arch:
@@ -290,6 +296,7 @@ class Renewal:
         return {
             "met": [list(arch) for arch in self.met],
             "own": [list(arch) for arch in self.own],
+            "own_best": self.own_best,
             "champion": self.champion and list(self.champion),
             "in_vain": self.in_vain,
         }
@@ -297,6 +304,7 @@ class Renewal:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state_dict``, where the same was noted before."""
         self.met, self.own = (dict.fromkeys(tuple(arch) for arch in state[name]) for name in ("met", "own"))
+        self.own_best = state["own_best"]
         self.champion, self.in_vain = state["champion"] and tuple(state["champion"]), state["in_vain"]
 
 

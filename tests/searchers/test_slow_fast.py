@@ -363,6 +363,30 @@ def test_a_population_that_agrees_is_renewed_around_the_best_and_forgets_it_afte
     assert (population.archs == 3).mean() < near - 0.2, "uniform again"
 
 
+def test_a_population_is_renewed_once_a_generation_brings_nothing_better():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    renewal, population = Renewal(space, ()), Population(upper_bounds(space), 4, seed=0)
+    generations = iter([(3.0, True), (2.0, True), (2.0, False), (9.0, True), (9.5, False)])
+    for i, (value, stays) in enumerate(generations):
+        population.vectors = population.vectors.copy()
+        renewal.note(space.canonical((3, 3, 3, 3, 3, i % 5)), value)
+        before = population.vectors
+        renewal.advance(population, noted(renewal, lambda arch: 100.0))
+        assert (population.vectors is before) == stays, i
+
+
+def test_a_population_that_keeps_no_budget_is_let_move_until_it_agrees():
+    space = NASBench201Space(num_cells=1, channels=4, resolution=8)
+    renewal, population = Renewal(space, ()), Population(upper_bounds(space), 4, seed=0)
+    for _ in range(5):
+        population.vectors = population.draw(4)
+        before = population.vectors
+        renewal.advance(population, noted(renewal, lambda arch: 100.0))
+        assert population.vectors is before
+    renewal.advance(population, noted(renewal, lambda arch: 100.0))
+    assert population.vectors is not before, "no network is new"
+
+
 def test_renewal_keeps_the_budgets_and_ends_where_no_network_is_left():
     space = NASBench201Space(num_cells=1, channels=4, resolution=8)
     oracle = FactorOracle.counting(space, "macs")
@@ -384,7 +408,7 @@ def test_renewal_goes_on_from_its_state():
     renewal = Renewal(space, ())
     renewal.known = {(2,) * 6: 0.5, (3,) * 6: 0.25}
     renewal.met, renewal.own = {(1,) * 6: None}, {(2,) * 6: None}
-    renewal.champion, renewal.in_vain = (3,) * 6, 2
+    renewal.champion, renewal.in_vain, renewal.own_best = (3,) * 6, 2, 0.5
     other = Renewal(space, ())
     other.known = dict(renewal.known)  # what was noted is kept elsewhere
     other.load_state_dict(json.loads(json.dumps(renewal.state_dict())))
