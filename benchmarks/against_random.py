@@ -105,7 +105,8 @@ def searched(problem: Problem, name: str, given: argparse.Namespace) -> Figures:
     if name == "irlas" and settings["evaluator"] == "train":
         judged = notes["accuracy"]
     else:
-        judged = open_evaluator(str(settings["evaluator"]), problem).evaluate(result.arch)  # on one scale for both
+        evaluator = open_evaluator(str(settings["evaluator"]), problem)  # on one scale for both
+        judged = evaluator.evaluate(problem.space.canonical(result.arch))
     return result, {"evaluations": evaluations, "judged": judged, "accuracies": []}
 
 
