@@ -81,6 +81,16 @@ class LazyGroup(click.Group):
 
     running: str | None = None  # the command's name
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """An interrupt that an extension module turned into an error of its own is an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            number = interrupts.came()
+            if number is None or isinstance(error, click.exceptions.Exit):
+                raise
+            raise interrupts.Interrupted(number) from error
+
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command line and exits. A command ends with ``ctx.exit(status)``, or returns a status."""
         try:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = b"\x1b[?25h"
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+AGAIN_S = 0.01
+
+_came: list[int] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,31 +38,49 @@ def message(number: int, command: str | None) -> str:
     return f"{WORDS[signal.Signals(number)]}; the same command {how}"
 
 
+def came() -> int | None:
+    """The signal that came first within `heeded`."""
+    return _came[0] if _came else None
+
+
 @contextmanager
 def heeded(command: Callable[[], str | None]) -> Iterator[None]:
     """Raises Interrupted within the block, once; then ends the process. `command` () tells which one runs. After one
     came, and while the interpreter goes, they are ignored: the exit status stands.
 
+    One that falls into a place that swallows exceptions (``__del__``, a weak reference's callback) is sent again.
     Signals that this process was started to ignore (nohup, a shell's background) stay ignored.
     """
-    came: list[int] = []
+    _came.clear()
 
     def stop(number: int, frame: Any) -> None:
-        came.append(number)
-        if len(came) == 1:
+        _came.append(number)
+        if len(_came) == 1:
             raise Interrupted(number)
-        _end(came[0], command())
+        _end(_came[0], command())
 
+    def swallowed(unraisable: Any) -> None:
+        if not isinstance(error := unraisable.exc_value, Interrupted):
+            hook(unraisable)
+            return
+        _came.clear()
+        again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), error.number))
+        again.daemon = True
+        again.start()
+
+    hook = sys.unraisablehook
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:
         signal.signal(number, stop)
         atexit.register(signal.signal, number, signal.SIG_IGN)
+    sys.unraisablehook = swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if came else handler)
+            signal.signal(number, signal.SIG_IGN if _came else handler)
 
 
 def _end(number: int, command: str | None) -> None:
