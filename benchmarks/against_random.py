@@ -96,16 +96,17 @@ def trained(problem: Problem, arch: Arch, given: argparse.Namespace, nth: int = 
 def searched(problem: Problem, name: str, given: argparse.Namespace) -> Figures:
     """The searcher's find and its figures."""
     settings = {**PRESETS[name], **dict(assignment(text) for text in given.settings)}
-    result = from_settings(plugins.load("latbench.searchers", name), settings).search(problem)
+    options: Any = from_settings(plugins.load("latbench.searchers", name), settings)
+    result = options.search(problem)
     notes = result.notes
     if name == "instanas":
         told = {"evaluations": given.evaluations, "judged": notes["accuracy"], "predicted_ms": notes["test"]["mean"][0]}
         return result, told | {"accuracies": [notes["test"]["accuracy"]]}
     evaluations = notes["evaluated"] if name == "irlas" else notes["evaluations"]
-    if name == "irlas" and settings["evaluator"] == "train":
+    if name == "irlas" and settings["evaluator"].startswith("train"):
         judged = notes["accuracy"]
     else:
-        evaluator = open_evaluator(str(settings["evaluator"]), problem)  # on one scale for both
+        evaluator = open_evaluator(str(settings["evaluator"]), problem, held_out=options.held_out)  # one scale for both
         judged = evaluator.evaluate(problem.space.canonical(result.arch))
     return result, {"evaluations": evaluations, "judged": judged, "accuracies": []}
 
@@ -115,9 +116,10 @@ def rival(problem: Problem, found: SearchResult, row: Mapping[str, Any], given: 
     if found.searcher == "instanas":
         return single_networks(problem, found, given)
     settings = {**PRESETS[found.searcher], **dict(assignment(text) for text in given.settings)}
-    if found.searcher == "irlas" and settings["evaluator"] == "train":
+    if found.searcher == "irlas" and settings["evaluator"].startswith("train"):
         return random_blocks(problem, from_settings(IRLAS, settings), row["evaluations"], given)
-    result = RandomSearch(row["evaluations"], str(settings["evaluator"])).search(problem)
+    held_out = from_settings(plugins.load("latbench.searchers", found.searcher), settings).held_out
+    result = RandomSearch(row["evaluations"], str(settings["evaluator"]), held_out=held_out).search(problem)
     return result, {"evaluations": result.notes["evaluations"], "judged": result.score, "accuracies": []}
 
 

@@ -34,27 +34,28 @@ from searchers.world import World
 
 KINDS = "train[:EPOCHS], synflow, naswot, table:FILE[:COLUMN[:percent]]"
 QUICK = Recipe(epochs=3, batch_size=64, warmup_epochs=0.5, mixup=0.0)  # what a candidate is trained with
+HELD_OUT = 0.2  # of the training images: what it is judged by
 CANDIDATES = "candidates"  # folder of their checkpoints, in the problem's
 SAVING = 0.01  # share of the time that ``Lookups`` may spend on its file
 
 
-def open_evaluator(text: str, problem: Problem, *, recipe: Recipe = QUICK) -> Evaluator:
-    """The evaluator that a text names; `recipe` is for "train", whose epochs may stand behind it ("train:1"). On the
-    problem's fleet, if it has one.
+def open_evaluator(text: str, problem: Problem, *, recipe: Recipe = QUICK, held_out: float = HELD_OUT) -> Evaluator:
+    """The evaluator that a text names, on the problem's fleet, if it has one. `recipe` and `held_out`, a share of the
+    training images, are for "train", whose epochs may stand behind it ("train:1").
 
     Raises UsageError on an unknown text, TableError on a table that does not fit the space.
     """
     if problem.fleet is not None:
-        return OnFleet(partial(_opened, text, recipe), problem)
-    return _opened(text, recipe, problem)
+        return OnFleet(partial(_opened, text, recipe, held_out), problem)
+    return _opened(text, recipe, held_out, problem)
 
 
-def _opened(text: str, recipe: Recipe, problem: Problem) -> Evaluator:
+def _opened(text: str, recipe: Recipe, held_out: float, problem: Problem) -> Evaluator:
     kind, colon, where = text.partition(":")
     if kind == "table" and where:
         return AccuracyTable.named(where, problem.space)
     if kind == "train" and (not colon or (where.isdecimal() and int(where) > 0)):
-        return Trained(problem, for_epochs(int(where), recipe) if colon else recipe)
+        return Trained(problem, for_epochs(int(where), recipe) if colon else recipe, held_out)
     if kind == "synflow" and not colon:
         return SynFlow(problem)
     if kind == "naswot" and not colon:
@@ -112,6 +113,7 @@ class Trained:
 
     problem: Problem
     recipe: Recipe = QUICK
+    held_out: float = HELD_OUT
 
     def evaluate(self, arch: Arch) -> float:
         """In [0, 1]. Raises UsageError where the data do not fit the network."""
@@ -135,7 +137,7 @@ class Trained:
     def _data(self) -> HeldOut:
         space = self.problem.space
         any_arch = space.sample(np.random.default_rng(0))
-        return HeldOut(Splits.of(self.problem, num_classes(space.network(any_arch))))
+        return HeldOut(Splits.of(self.problem, num_classes(space.network(any_arch)), held_out=self.held_out))
 
     def _folder(self, arch: Arch) -> Path:
         name = self.problem.space.format_arch(arch)

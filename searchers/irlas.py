@@ -87,7 +87,7 @@ class IRLAS:
     evaluator: str = "train"  # or [E] train:EPOCHS in the deployed stack, synflow, naswot, table:FILE
     proxy: Literal["cifar", "space"] = "cifar"  # the stack that blocks are judged in: BlockQNN's, or the deployed one
     proxy_resolution: int = 32  # of "cifar"
-    held_out: float = 0.1  # of the training images, to judge by
+    held_out: float = 0.1  # of the training images, to judge by; one epoch's accuracy is told apart by more
     epochs: int = 12  # of a block's training
     batch_size: int = 256
     lr: float = 1e-3  # Adam
@@ -222,7 +222,7 @@ class IRLAS:
                 space, stack="cifar", widths="", repeats="", resolution=self.proxy_resolution, batch=1, dtype="float32"
             )  # fmt: skip
             return EarlyStop(problem, judged if self.proxy == "cifar" else space, splits, self.training)
-        found = open_evaluator(self.evaluator, problem)
+        found = open_evaluator(self.evaluator, problem, held_out=self.held_out)
         return found if self.evaluator.startswith(("table:", "train:")) else Standardised(found, space)
 
     def _final(

@@ -24,7 +24,7 @@ from latbench.errors import InfeasibleTargetError, UsageError
 from latbench.spaces.base import Arch
 from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult
 from searchers.derive import Recipe, publish
-from searchers.evaluators import QUICK, Lookups, Trained, for_epochs, open_evaluator
+from searchers.evaluators import HELD_OUT, QUICK, Lookups, Trained, for_epochs, open_evaluator
 from searchers.options import settings_of
 from searchers.slow_fast import violations
 from searchers.world import World
@@ -41,8 +41,8 @@ Floats = NDArray[np.float64]
 class RandomSearch:
     """Options. The score of a result is the evaluator's: held-out accuracy under "train".
 
-    `epochs`, `batch_size`, `lr`: of the training that "train" judges candidates by, and that the network which is found
-    gets its weights from under any evaluator. Raises UsageError where they are out of range.
+    `epochs`, `batch_size`, `lr`, `held_out`: of the training that "train" judges candidates by, and that the network
+    which is found gets its weights from under any evaluator. Raises UsageError where they are out of range.
     """
 
     evaluations: int = 50  # distinct networks; all that fit, where they are fewer
@@ -50,12 +50,15 @@ class RandomSearch:
     epochs: int = QUICK.epochs
     batch_size: int = QUICK.batch_size  # of all processes
     lr: float = QUICK.lr  # at 1024 images a batch, scaled linearly
+    held_out: float = HELD_OUT  # of the training images, to judge by
 
     name: ClassVar[str] = "random"
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or not self.lr > 0:
             raise UsageError("random: evaluations must be at least 1, lr above zero")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"random: held_out must lie between 0 and 1, got {self.held_out}")
         assert self.recipe
 
     @property
@@ -69,14 +72,14 @@ class RandomSearch:
         drawn = draw(problem, self.evaluations, np.random.default_rng((problem.seed, 0xD1CE)))
         options = settings_of(self, without=["evaluations"])
         lookups = Lookups(
-            open_evaluator(self.evaluator, problem, recipe=self.recipe),
+            open_evaluator(self.evaluator, problem, recipe=self.recipe, held_out=self.held_out),
             problem.space,
             path=problem.out / LOOKUPS,
             identity={**problem.identity(options, constraints=False), "seed": problem.seed},
         )
         history = self._evaluate(problem, drawn.archs, lookups, reporter)
         arch, score = lookups.best(drawn.archs)
-        module, accuracy = Trained(problem, self.recipe).train(arch, reporter=reporter)
+        module, accuracy = Trained(problem, self.recipe, self.held_out).train(arch, reporter=reporter)
         return publish(
             problem,
             self,

@@ -89,7 +89,7 @@ class RelativeNAS(Training):
         judge: Judge = (
             Trained(self, problem, world)
             if self.evaluator == SUPERNET
-            else Asked(self.evaluator, problem, budget=self.evaluations)
+            else Asked(self.evaluator, problem, held_out=self.held_out, budget=self.evaluations)
         )
         course = _Course(problem, Population(upper_bounds(problem.space), self.population, seed=problem.seed))
         if self.feasible_start:

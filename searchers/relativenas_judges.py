@@ -45,7 +45,7 @@ class Training:
     clip: float = 5.0  # of the gradient's norm
     cutout: float = 0.5  # side of the hole, as a share of the image's
     drop_path: float = 0.3  # reached linearly at the end
-    held_out: float = 0.5  # of the images, to compare by
+    held_out: float = 0.5  # of the images, to compare by, here and by evaluators that train
     search_val_augment: bool = True  # augments these too, as released
 
     def __post_init__(self) -> None:
@@ -108,9 +108,10 @@ class Asked:
 
     remembers = True
 
-    def __init__(self, text: str, problem: Problem, *, budget: int | None = None) -> None:
-        identity = {**problem.identity({"evaluator": text}, constraints=False), "seed": problem.seed}
-        evaluator = open_evaluator(text, problem)
+    def __init__(self, text: str, problem: Problem, *, held_out: float, budget: int | None = None) -> None:
+        settings: dict[str, str | float] = {"evaluator": text, "held_out": held_out}
+        identity = {**problem.identity(settings, constraints=False), "seed": problem.seed}
+        evaluator = open_evaluator(text, problem, held_out=held_out)
         self.lookups = Lookups(evaluator, problem.space, path=problem.out / LOOKUPS, identity=identity, budget=budget)
         self.parts: Mapping[str, Stateful] = {}
 

@@ -17,7 +17,7 @@ from latbench.spaces.nasbench201 import NASBench201Space
 from searchers.base import Problem
 from searchers.data import Splits, eval_batches
 from searchers.derive import Recipe
-from searchers.evaluators import CANDIDATES, BudgetSpentError, HeldOut, Lookups, Trained, open_evaluator
+from searchers.evaluators import CANDIDATES, HELD_OUT, BudgetSpentError, HeldOut, Lookups, Trained, open_evaluator
 from searchers.proxies import NASWOT, SynFlow
 from searchers.testing import InterruptedRunError, Watch
 from searchers.train import evaluate
@@ -57,6 +57,15 @@ def test_accuracy_is_that_of_the_weights_on_the_held_out_images(tmp_path):
     splits = Splits.of(problem, 8)
     found = evaluate(module, eval_batches(problem, splits, World.here(), "held_out"), World.here())
     assert accuracy == found["accuracy"] == trained.evaluate(WIDEST)
+
+
+def test_a_share_of_the_training_images_judges(tmp_path):
+    problem = problem_of(tmp_path)
+    half, fifth = (Trained(problem, RECIPE, share)._data for share in (0.5, HELD_OUT))
+    n = len(Splits.of(problem, 8, held_out=0.0).train)
+    assert len(half.labels("test")) == pytest.approx(n / 2, abs=8)
+    assert len(fifth.labels("test")) == pytest.approx(n / 5, abs=8)
+    assert Trained(problem, RECIPE, 0.5).evaluate(WIDEST) != Trained(problem, RECIPE).evaluate(WIDEST)
 
 
 def test_candidates_leave_nothing_and_the_chosen_one_its_checkpoint(tmp_path):
@@ -103,6 +112,7 @@ def test_texts_name_evaluators(tmp_path):
     assert open_evaluator("train", problem, recipe=RECIPE) == Trained(problem, RECIPE)
     one = open_evaluator("train:1", problem, recipe=replace(RECIPE, epochs=3, warmup_epochs=1.5))
     assert one == Trained(problem, replace(RECIPE, epochs=1, warmup_epochs=0.5))
+    assert open_evaluator("train", problem, held_out=0.5) == Trained(problem, held_out=0.5)
     with pytest.raises(TableError, match=r"nowhere\.parquet cannot be read"):
         open_evaluator(f"table:{tmp_path}/nowhere.parquet", problem)
 

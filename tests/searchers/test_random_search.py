@@ -81,7 +81,7 @@ def test_more_evaluations_go_on_from_those_made_before(tmp_path, monkeypatch):
             asked.append(arch)
             return float(sum(arch))
 
-    monkeypatch.setattr(random_search, "open_evaluator", lambda text, problem, recipe: Counted(problem))
+    monkeypatch.setattr(random_search, "open_evaluator", lambda text, problem, **_: Counted(problem))
     few = RandomSearch(evaluations=4, evaluator="synflow", epochs=1, batch_size=32)
     first = few.search(toy_problem(tmp_path))
     assert len(asked) == 4
@@ -108,9 +108,11 @@ def test_another_evaluators_answers_are_not_taken(tmp_path):
         RandomSearch(evaluator="naswot", **quick).search(toy_problem(tmp_path))
 
 
-@pytest.mark.parametrize("wrong", [{"evaluations": 0}, {"lr": 0.0}, {"epochs": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"evaluations": 0}, {"lr": 0.0}, {"epochs": 0}, {"batch_size": 0}, {"held_out": 1.0}]
+)
 def test_options_out_of_range(wrong):
-    with pytest.raises(UsageError, match=r"at least 1|>= 1"):
+    with pytest.raises(UsageError, match=r"at least 1|>= 1|between 0 and 1"):
         RandomSearch(**wrong)
 
 
