@@ -1,6 +1,7 @@
 """Search on NAS-Bench-201 with real accuracies and latencies: slow-fast learning and Q-learning beside random search.
 
-    python benchmarks/nb201_search.py --data DIR [--latency 1 256] [--seeds 20] [--out bench_results/nb201_search]
+    python benchmarks/nb201_search.py --data DIR [--batch 1 256] [--seeds 20] [--out bench_results/nb201_search]
+    python benchmarks/nb201_search.py --data DIR --oracle true --lookups 40 --judge c100_val_12ep
 
 DIR holds nb201_search.parquet: accuracies (CIFAR-100, 200 epochs, test) of all 15,625 cells and their latencies on a
 GTX 1080 Ti at batch 1 and 256, imported as tables. A search may look up LOOKUPS accuracies, and asks an oracle for
@@ -19,7 +20,9 @@ ImageNet16-120's too):
 * irlas: ``qlearning.Learner`` over the six edges, one step each, with the latency filter and without topology guidance,
   for which this space has no expert; the exploration rate follows the share of look-ups spent. irlas+hopeful: a value
   is the best reward that ever followed, which is Q-learning in a world without chance (Lauer, Riedmiller, ICML 2000).
-  irlas+foresight: hopeful, and of 64 times as many trajectories the most promising are followed (``foresight``).
+  irlas+foresight: hopeful, and of 256 times as many trajectories the most promising are followed (``foresight``).
+
+With --judge searches look up another accuracy than answers are told by, as where short trainings judge candidates.
 
 The answer is the best network looked up. Regret: the best accuracy of any network that keeps the limit in truth, minus
 the answer's, in points; it can be negative where an answer breaks the limit.
@@ -74,15 +77,17 @@ class Cells:
     space: NASBench201Space
     table: LatencyTable  # of whole networks
     accuracy: AccuracyTable
+    judge: AccuracyTable | None = None  # what searches look up, if not the accuracy
 
     @classmethod
-    def read(cls, path: Path, accuracy: str, batch: int) -> Cells:
+    def read(cls, path: Path, accuracy: str, batch: int, judge: str | None = None) -> Cells:
         """The published figures of one accuracy and one batch size. Raises TableError."""
         source = Source(path, device="gtx_1080_ti", device_name="GTX 1080 Ti", framework="pytorch")
         settings = {"batch": batch, "num_classes": 100}
         table = arrays.read(source, NASBench201Space.name, settings, f"latency_ms_1080ti_{batch}", "ms")
         space = NASBench201Space.from_settings(settings)
-        return cls(space, table, AccuracyTable.read(path, space, accuracy, "percent"))
+        accuracies = (AccuracyTable.read(path, space, name, "percent") for name in (accuracy, judge or accuracy))
+        return cls(space, table, *accuracies)
 
     @cached_property
     def archs(self) -> Ints:
@@ -144,7 +149,7 @@ Search = Callable[[Lookups, Constraint, int], None]  # asks until it is done or 
 def random_search(lookups: Lookups, constraint: Constraint, seed: int) -> None:
     """The baseline."""
     problem = Problem((constraint,), "digits", Path("unused"), seed)
-    for arch in draw(problem, LOOKUPS, np.random.default_rng(seed)).archs:
+    for arch in draw(problem, lookups.budget or LOOKUPS, np.random.default_rng(seed)).archs:
         lookups.evaluate(arch)
 
 
@@ -189,7 +194,7 @@ class QLearning:
             self.alpha, 1.0, initial, *numbers, shape_reward=not hopeful, hopeful=hopeful, foresight=self.foresight
         )
         learner = Learner(Process.of(lookups.space), rates, seed=seed)
-        exploration = epsilons(self.schedule, LOOKUPS + 1)
+        exploration = epsilons(self.schedule, (lookups.budget or LOOKUPS) + 1)
 
         def rewards(new: Sequence[Trajectory]) -> list[float]:
             kept = violations((constraint,), np.array(new, np.int64)) <= TOLERANCE
@@ -222,7 +227,7 @@ SEARCHES: dict[str, Search] = {
     "relativenas+renewal": renewed(4),
     "irlas": PAPER,
     "irlas+hopeful": QLearning(replays=0, schedule=FALLING, hopeful=True),
-    "irlas+foresight": QLearning(replays=0, schedule="0.5:1", hopeful=True, foresight=64),
+    "irlas+foresight": QLearning(replays=0, schedule="0.5:1", hopeful=True, foresight=256),
 }
 CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ratio to random search over the limits
     "random": random_search,
@@ -236,7 +241,7 @@ CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ra
     },
     **{
         f"irlas+foresight {n}, {name}": QLearning(replays=0, schedule=text, hopeful=True, foresight=n)
-        for n in (16, 64)
+        for n in (16, 64, 256)
         for name, text in {"0.5 to 0.1": FALLING, "0.5": "0.5:1", "0.3": "0.3:1"}.items()
     },
 }
@@ -245,15 +250,18 @@ CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ra
 # ---- the study ------------------------------------------------------------------------------------------------------
 
 
-def run(cells: Cells, search: Search, constraint: Constraint, limit_ms: float, seed: int) -> dict[str, object]:
+def run(
+    cells: Cells, search: Search, constraint: Constraint, limit_ms: float, seed: int, budget: int = LOOKUPS
+) -> dict[str, object]:
     """One search's answer, judged by the truth."""
-    lookups = Lookups(cells.accuracy, cells.space, budget=LOOKUPS)
+    lookups = Lookups(cells.judge or cells.accuracy, cells.space, budget=budget)
     with contextlib.suppress(BudgetSpentError):
         search(lookups, constraint, seed)
     kept = cells.networks[cells.latency_ms[cells.networks] <= limit_ms * (1 + TOLERANCE)]
     best = float(cells.accuracies[kept].max())
-    arch, accuracy = lookups.best(known(lookups, constraint))
-    latency_ms = float(cells.latency_ms[np.ravel_multi_index(arch, SHAPE)])
+    arch, _ = lookups.best(known(lookups, constraint))
+    at = np.ravel_multi_index(arch, SHAPE)
+    accuracy, latency_ms = float(cells.accuracies[at]), float(cells.latency_ms[at])
     return {
         "seed": seed,
         "arch": cells.space.format_arch(arch),
@@ -274,7 +282,7 @@ def known(lookups: Lookups, constraint: Constraint) -> list[Arch]:
 
 
 def study(
-    cells: Cells, batch: int, searches: dict[str, Search], seeds: Sequence[int], learned: bool
+    cells: Cells, batch: int, searches: dict[str, Search], seeds: Sequence[int], learned: bool, budget: int = LOOKUPS
 ) -> Iterator[dict[str, object]]:
     """One line per limit, seed and search."""
     for seed in seeds:
@@ -284,7 +292,8 @@ def study(
             limit_ms = float(np.percentile(cells.latency_ms[cells.networks], percentile))
             about = {"batch": batch, "oracle": "learned" if learned else "true", "percentile": percentile}
             for name, search in searches.items():
-                yield {**about, "search": name, **run(cells, search, Constraint(oracle, limit_ms), limit_ms, seed)}
+                found = run(cells, search, Constraint(oracle, limit_ms), limit_ms, seed, budget)
+                yield {**about, "search": name, **found}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -341,6 +350,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 256], choices=[1, 256])
     parser.add_argument("--oracle", nargs="+", default=["true", "learned"], choices=["true", "learned"])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--lookups", type=int, default=LOOKUPS)
+    parser.add_argument("--judge", help="column of the accuracies that are looked up; else those that answers have")
+    parser.add_argument("--searches", nargs="+", choices=list(SEARCHES), help="beside random; else all of them")
     parser.add_argument("--tune", action="store_true", help="CHOICES on CIFAR-10, with other seeds and true latencies")
     parser.add_argument("--out", type=Path, help="PREFIX of the figures: PREFIX.parquet, PREFIX.png")
     options = parser.parse_args()
@@ -349,11 +361,13 @@ def main() -> None:
     if options.tune:
         accuracy, searches, seeds = "c10_test_200ep", CHOICES, range(100, 100 + options.seeds)
         options.oracle = ["true"]
+    if options.searches:
+        searches = {name: searches[name] for name in ("random", *options.searches)}
     lines: list[dict[str, object]] = []
     for batch in options.batch:
-        cells = Cells.read(options.data / "nb201_search.parquet", accuracy, batch)
+        cells = Cells.read(options.data / "nb201_search.parquet", accuracy, batch, options.judge)
         for oracle in options.oracle:
-            lines += study(cells, batch, searches, seeds, oracle == "learned")
+            lines += study(cells, batch, searches, seeds, oracle == "learned", options.lookups)
     table = pd.DataFrame(lines)
     found = summary(table)
     print("$ python", " ".join(sys.argv))

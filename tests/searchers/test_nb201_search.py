@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from latbench.provenance import Provenance
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import LatencyTable, Row
 from searchers.accuracy_table import AccuracyTable
+from searchers.base import Problem
+from searchers.random_search import draw
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = Path(os.environ.get("LATBENCH_REFERENCE_DATA", ""))
@@ -104,6 +107,18 @@ def test_an_answer_beyond_the_limit_is_told(study, cells):
     assert found["over_percent"] > 5
     assert found["over_percent"] == pytest.approx(100 * (found["latency_ms"] / limit_ms - 1))
     assert found["regret"] < 0
+
+
+def test_answers_are_told_by_another_accuracy_than_searches_look_up(study, cells):
+    worst = {arch: 1 - value for arch, value in cells.accuracy.accuracies.items()}
+    judge = AccuracyTable(cells.space, worst, "upside down", "fraction")
+    limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
+    constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
+    found = study.run(replace(cells, judge=judge), study.SEARCHES["random"], constraint, limit_ms, 0, 40)
+    looked_up = draw(Problem((constraint,), "digits", Path("unused"), 0), 40, np.random.default_rng(0)).archs
+    assert found["lookups"] == len(looked_up) == 40
+    least = min(cells.accuracy.evaluate(arch) for arch in looked_up)
+    assert found["accuracy_percent"] == pytest.approx(100 * least)
 
 
 def test_bounds_of_a_learned_oracle_hold_what_was_never_measured(study, cells):
