@@ -141,7 +141,8 @@ class TestIRLAS(SearcherConformance):
         for name, as_it_is in (("train:1", True), ("naswot", False)):
             judged = replace(self.searcher, evaluator=name)._evaluator(problem).evaluate(arch)
             assert 0 <= judged <= 1
-            assert (judged == open_evaluator(name, problem).evaluate(arch)) == as_it_is
+            plain = open_evaluator(name, problem, held_out=self.searcher.held_out)
+            assert (judged == plain.evaluate(arch)) == as_it_is
 
 
 # ---- the reward -----------------------------------------------------------------------------------------------------
