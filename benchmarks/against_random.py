@@ -93,20 +93,30 @@ def trained(problem: Problem, arch: Arch, given: argparse.Namespace, nth: int = 
 # ---- who runs -------------------------------------------------------------------------------------------------------
 
 
+def options_of(name: str, given: argparse.Namespace) -> Any:
+    """The searcher as the command line asks for it."""
+    settings = {**PRESETS[name], **dict(assignment(text) for text in given.settings)}
+    return from_settings(plugins.load("latbench.searchers", name), settings)
+
+
+def trains_blocks(options: Any) -> bool:
+    """Whether it is irlas, judging by training: its finalists are trained further."""
+    return isinstance(options, IRLAS) and options.evaluator.startswith("train")
+
+
 def searched(problem: Problem, name: str, given: argparse.Namespace) -> Figures:
     """The searcher's find and its figures."""
-    settings = {**PRESETS[name], **dict(assignment(text) for text in given.settings)}
-    options: Any = from_settings(plugins.load("latbench.searchers", name), settings)
+    options = options_of(name, given)
     result = options.search(problem)
     notes = result.notes
     if name == "instanas":
         told = {"evaluations": given.evaluations, "judged": notes["accuracy"], "predicted_ms": notes["test"]["mean"][0]}
         return result, told | {"accuracies": [notes["test"]["accuracy"]]}
     evaluations = notes["evaluated"] if name == "irlas" else notes["evaluations"]
-    if name == "irlas" and settings["evaluator"].startswith("train"):
+    if trains_blocks(options):
         judged = notes["accuracy"]
     else:
-        evaluator = open_evaluator(str(settings["evaluator"]), problem, held_out=options.held_out)  # one scale for both
+        evaluator = open_evaluator(options.evaluator, problem, held_out=options.held_out)  # on one scale for both
         judged = evaluator.evaluate(problem.space.canonical(result.arch))
     return result, {"evaluations": evaluations, "judged": judged, "accuracies": []}
 
@@ -115,15 +125,14 @@ def rival(problem: Problem, found: SearchResult, row: Mapping[str, Any], given: 
     """Random search with as many evaluations, and its figures."""
     if found.searcher == "instanas":
         return single_networks(problem, found, given)
-    settings = {**PRESETS[found.searcher], **dict(assignment(text) for text in given.settings)}
-    if found.searcher == "irlas" and settings["evaluator"].startswith("train"):
-        return random_blocks(problem, from_settings(IRLAS, settings), row["evaluations"], given)
-    held_out = from_settings(plugins.load("latbench.searchers", found.searcher), settings).held_out
-    result = RandomSearch(row["evaluations"], str(settings["evaluator"]), held_out=held_out).search(problem)
+    options = options_of(found.searcher, given)
+    if trains_blocks(options):
+        return random_blocks(problem, options, row["evaluations"])
+    result = RandomSearch(row["evaluations"], options.evaluator, held_out=options.held_out).search(problem)
     return result, {"evaluations": result.notes["evaluations"], "judged": result.score, "accuracies": []}
 
 
-def random_blocks(problem: Problem, options: IRLAS, n: int, given: argparse.Namespace) -> Figures:
+def random_blocks(problem: Problem, options: IRLAS, n: int) -> Figures:
     """The best of as many random blocks as irlas trained, by its short trainings and then its finalists' training."""
     evaluator = options._evaluator(problem)
     drawn = draw(problem, n, np.random.default_rng((problem.seed, 0xD1CE)))
@@ -140,8 +149,7 @@ def random_blocks(problem: Problem, options: IRLAS, n: int, given: argparse.Name
 
 def single_networks(problem: Problem, found: SearchResult, given: argparse.Namespace) -> Figures:
     """The best of random single networks of instanas' meta-graph, fine-tuned."""
-    settings = {**PRESETS["instanas"], **dict(assignment(text) for text in given.settings)}
-    options = from_settings(InstaNAS, settings)
+    options: InstaNAS = options_of("instanas", given)
     (constraint,), mean = problem.constraints, found.notes["latency"][0]["mean"]
     costs, world = Costs.of(problem), World.here()
     drawn = draw(

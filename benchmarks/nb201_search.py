@@ -86,8 +86,8 @@ class Cells:
         settings = {"batch": batch, "num_classes": 100}
         table = arrays.read(source, NASBench201Space.name, settings, f"latency_ms_1080ti_{batch}", "ms")
         space = NASBench201Space.from_settings(settings)
-        accuracies = (AccuracyTable.read(path, space, name, "percent") for name in (accuracy, judge or accuracy))
-        return cls(space, table, *accuracies)
+        tables = [AccuracyTable.read(path, space, name, "percent") for name in (accuracy, judge) if name]
+        return cls(space, table, *tables)
 
     @cached_property
     def archs(self) -> Ints:
@@ -143,13 +143,13 @@ class Cells:
 
 # ---- searches -------------------------------------------------------------------------------------------------------
 
-Search = Callable[[Lookups, Constraint, int], None]  # asks until it is done or BudgetSpentError ends it; seed
+Search = Callable[[Lookups, Constraint, int, int], None]  # asks until it is done or its budget spent; seed, budget
 
 
-def random_search(lookups: Lookups, constraint: Constraint, seed: int) -> None:
+def random_search(lookups: Lookups, constraint: Constraint, seed: int, budget: int) -> None:
     """The baseline."""
     problem = Problem((constraint,), "digits", Path("unused"), seed)
-    for arch in draw(problem, lookups.budget or LOOKUPS, np.random.default_rng(seed)).archs:
+    for arch in draw(problem, budget, np.random.default_rng(seed)).archs:
         lookups.evaluate(arch)
 
 
@@ -162,7 +162,7 @@ class SlowFast:
     generations: int = 50
     populations: int = 50
 
-    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
+    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int, budget: int) -> None:
         for i in range(self.populations):
             explore(
                 lookups.space,
@@ -187,14 +187,14 @@ class QLearning:
     foresight: int = 1
     iterations: int = 2000  # where the look-ups are not spent before
 
-    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int) -> None:
+    def __call__(self, lookups: Lookups, constraint: Constraint, seed: int, budget: int) -> None:
         hopeful, numbers = self.hopeful, (self.samples, self.replays)
         initial = 0.0 if hopeful else 0.5
         rates = Rates(
             self.alpha, 1.0, initial, *numbers, shape_reward=not hopeful, hopeful=hopeful, foresight=self.foresight
         )
         learner = Learner(Process.of(lookups.space), rates, seed=seed)
-        exploration = epsilons(self.schedule, (lookups.budget or LOOKUPS) + 1)
+        exploration = epsilons(self.schedule, budget + 1)
 
         def rewards(new: Sequence[Trajectory]) -> list[float]:
             kept = violations((constraint,), np.array(new, np.int64)) <= TOLERANCE
@@ -256,7 +256,7 @@ def run(
     """One search's answer, judged by the truth."""
     lookups = Lookups(cells.judge or cells.accuracy, cells.space, budget=budget)
     with contextlib.suppress(BudgetSpentError):
-        search(lookups, constraint, seed)
+        search(lookups, constraint, seed, budget)
     kept = cells.networks[cells.latency_ms[cells.networks] <= limit_ms * (1 + TOLERANCE)]
     best = float(cells.accuracies[kept].max())
     arch, _ = lookups.best(known(lookups, constraint))

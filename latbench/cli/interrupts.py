@@ -19,7 +19,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = b"\x1b[?25h"
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-AGAIN_S = 0.01
+AGAIN_S = 0.01  # after which a signal that was swallowed is sent again
 
 _came: list[int] = []
 
