@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -39,22 +40,29 @@ def scratch(nbytes: int = 1 << 30) -> Iterator[Path]:
 
     Raises MeasurementError where none can be made.
     """
+    with _told():
+        folder = _root(nbytes) / f"{PREFIX}{secrets.token_hex(8)}"
+        _sweep(folder.parent)
+    with _heir(folder):  # before there is a folder: a Ctrl-C falls between any two lines
+        lock = None
+        try:
+            with _told():
+                lock = _claim(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
     try:
-        root = _root(nbytes)
-        _sweep(root)
-        folder, lock = _claim(root)
+        yield
     except OSError as error:
         raise MeasurementError(
             f"cannot make a temporary folder: {error.strerror or error}; make room, or set TMPDIR"
         ) from None
-    try:
-        with _heir(folder):
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -88,14 +96,14 @@ def _root(nbytes: int) -> Path:
     return memory if nbytes < MEMORY_SHARE * shutil.disk_usage(memory).free else disk
 
 
-def _claim(root: Path) -> tuple[Path, int]:
-    """A new folder and its locked descriptor."""
+def _claim(folder: Path) -> int:
+    """Makes the folder; its locked descriptor."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+        folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
-            if locked(lock, folder):  # else another run swept it before we had the lock
-                return folder, lock
+            if locked(lock, folder):  # else another run sweeps it: it came before we had the lock
+                return lock
             os.close(lock)
 
 

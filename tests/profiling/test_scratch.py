@@ -145,6 +145,17 @@ def test_no_folder_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_an_interrupt_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(lock: int, folder: Path) -> bool:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latbench.profiling.scratch.locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_memory_has_no_room_for_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TMPDIR")
     with scratch(1 << 60) as folder:
