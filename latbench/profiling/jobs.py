@@ -145,16 +145,17 @@ def jobs_of(
     context: Context = "sandwich",
     networks: Sequence[Arch] = (),
     fold_bn: bool = True,
-    with_chains: bool = True,
+    simulated: bool = False,
 ) -> list[Job]:
     """Every distinct block of a factored space in the contexts asked for, its chains, their stubs, and the networks.
 
     Two blocks that run as one graph (they differ in what folding removes) stay two jobs with one `key`. Architectures
-    of one and the same network are one job, the first one's.
+    of one and the same network are one job, the first one's. What is simulated needs neither chains nor, as nothing
+    presses on it, processes of its own.
     """
-    jobs: list[Job] = list(_blocks(space, context, fold_bn, with_chains)) if isinstance(space, FactoredSpace) else []
+    jobs: list[Job] = list(_blocks(space, context, fold_bn, not simulated)) if isinstance(space, FactoredSpace) else []
     whole: dict[str, Job] = {}
-    for job in (_network(space, arch, fold_bn) for arch in dict.fromkeys(networks)):
+    for job in (_network(space, arch, fold_bn, alone=not simulated) for arch in dict.fromkeys(networks)):
         whole.setdefault(job.row.key, job)
     jobs += whole.values()
     if not jobs:
@@ -194,10 +195,10 @@ def _sandwiched(block: Graph, row: Row, edges: Mapping[str, bool], stubs: dict[s
     return GraphJob(_fold(sandwich(block, **edges), fold_bn), row)
 
 
-def _network(space: SearchSpace, arch: Arch, fold_bn: bool) -> GraphJob:
+def _network(space: SearchSpace, arch: Arch, fold_bn: bool, *, alone: bool) -> GraphJob:
     graph = space.network(arch)
     row = Row.of(graph, "network", space=space.name, block_type="network", arch=arch)
-    return GraphJob(_fold(graph, fold_bn), row, alone=True)
+    return GraphJob(_fold(graph, fold_bn), row, alone=alone)
 
 
 def _fold(graph: Graph, fold_bn: bool) -> Graph:

@@ -152,9 +152,7 @@ def wanted(
     `networks`: how many to sample, or which. `only`: the row of this key and the stubs it needs. Raises UsageError.
     """
     archs = sampled(space, networks, target.plan.seed) if isinstance(networks, int) else list(networks)
-    jobs = jobs_of(
-        space, context=target.context, networks=archs, fold_bn=target.fold_bn, with_chains=not target.simulated
-    )
+    jobs = jobs_of(space, context=target.context, networks=archs, fold_bn=target.fold_bn, simulated=target.simulated)
     if not blocks:
         jobs = [job for job in jobs if job.row.kind == "network"]
     if only is None:

@@ -49,5 +49,5 @@ def test_jobs_hold_them_alone_in_their_process_with_stubs_of_their_own():
     stubs = {job.row.key for job in jobs if job.row.kind == "stub"}
     assert len(found) == len(list(chains(SPACE)))
     assert all(job.alone and job.row.context == "sandwich" and set(job.row.stubs) <= stubs for job in found)
-    assert not [job for job in jobs_of(SPACE, with_chains=False) if job.row.kind == "chain"]
+    assert not [job for job in jobs_of(SPACE, simulated=True) if job.row.kind == "chain"]
     assert not [job for job in jobs_of(SPACE, context="isolated") if job.row.kind == "chain"]
