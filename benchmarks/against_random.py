@@ -60,7 +60,14 @@ from searchers.world import Update, World, to_device
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {  # beside the paper's options; --set overrides them
     "relativenas": {"evaluator": "naswot", "population": 12, "generations": 200},
-    "irlas": {"evaluator": "naswot", "finalists": 1, "final_epochs": 1, "final_batch_size": 64, "final_lr": 0.01},
+    "irlas": {  # finalists are trained as what is found will be, but for the epochs
+        "evaluator": "naswot",
+        "finalists": 1,
+        "final_epochs": 1,
+        "final_batch_size": 64,
+        "final_lr": 0.05,
+        "final_weight_decay": 1e-4,
+    },
     "instanas": {"cutout": 0.0, "trials": 40},  # and five variants, each examined twice: as many as its rival's 50
 }
 NETWORKS = 16  # of instanas that are measured
