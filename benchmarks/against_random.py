@@ -60,14 +60,7 @@ from searchers.world import Update, World, to_device
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {  # beside the paper's options; --set overrides them
     "relativenas": {"evaluator": "naswot", "population": 12, "generations": 200},
-    "irlas": {  # finalists are trained as what is found will be, but for the epochs
-        "evaluator": "naswot",
-        "finalists": 1,
-        "final_epochs": 1,
-        "final_batch_size": 64,
-        "final_lr": 0.05,
-        "final_weight_decay": 1e-4,
-    },
+    "irlas": {"evaluator": "naswot", "finalists": 1, "final_epochs": 1},
     "instanas": {"cutout": 0.0, "trials": 40},  # and five variants, each examined twice: as many as its rival's 50
 }
 NETWORKS = 16  # of instanas that are measured
@@ -89,11 +82,15 @@ def quantile(oracle: LatencyOracle, share: float) -> float:
     return float(np.quantile(oracle.latencies(archs), share))
 
 
+def final_recipe(given: argparse.Namespace) -> Recipe:
+    """By which both finds are trained."""
+    return Recipe(given.epochs, given.batch_size, given.lr, warmup_epochs=0.5, mixup=0.0)
+
+
 def trained(problem: Problem, arch: Arch, given: argparse.Namespace, nth: int = 0) -> float:
     """Test accuracy after training from scratch on all of the problem's training images, the `nth` time."""
-    recipe = Recipe(given.epochs, given.batch_size, given.lr, warmup_epochs=0.5, mixup=0.0)
     seeded = replace(problem, seed=problem.seed + 1000 * nth)
-    _, figures = train_network(seeded, arch, recipe, folder=problem.out / f"final-{nth}")
+    _, figures = train_network(seeded, arch, final_recipe(given), folder=problem.out / f"final-{nth}")
     return float(figures["accuracy"])
 
 
@@ -101,8 +98,13 @@ def trained(problem: Problem, arch: Arch, given: argparse.Namespace, nth: int = 
 
 
 def options_of(name: str, given: argparse.Namespace) -> Any:
-    """The searcher as the command line asks for it."""
+    """The searcher as the command line asks for it; finalists of irlas are trained as the finds, but for the epochs."""
     settings = {**PRESETS[name], **dict(assignment(text) for text in given.settings)}
+    if name == "irlas":
+        recipe = final_recipe(given)
+        rate = recipe.lr * recipe.batch_size / 1024
+        alike = {"final_batch_size": recipe.batch_size, "final_lr": rate, "final_weight_decay": recipe.weight_decay}
+        settings = alike | settings
     return from_settings(plugins.load("latbench.searchers", name), settings)
 
 
