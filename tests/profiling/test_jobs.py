@@ -137,6 +137,7 @@ def test_networks_run_alone_for_longer_and_blocks_do_not() -> None:
         assert job.alone == (job.row.kind in ("network", "chain"))
         longer = job.plan(plan).block_s > plan.block_s and job.plan(plan).warmup_s > plan.warmup_s
         assert longer == job.alone
+    assert not any(job.alone for job in jobs_of(space, networks=[(0,) * 14], simulated=True))
 
 
 @pytest.mark.parametrize(("sweep_bytes", "kept"), [(0, 0), (14 << 20, 0), (COLD_SWEEP_BYTES, COLD_SWEEP_BYTES)])

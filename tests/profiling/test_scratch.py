@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from latbench.errors import MeasurementError
+from latbench.files import locked
 from latbench.profiling.scratch import PREFIX, room_bytes, scratch
 
 HOLDER = """
@@ -154,6 +155,18 @@ def test_an_interrupt_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt), scratch():
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_another_run_sweeps_as_it_is_made_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def swept(lock: int, folder: Path) -> bool:
+        folder.rmdir()
+        monkeypatch.setattr("latbench.profiling.scratch.locked", locked)
+        return locked(lock, folder)
+
+    monkeypatch.setattr("latbench.profiling.scratch.locked", swept)
+    with scratch() as folder:
+        assert list(folder.parent.iterdir()) == [folder]
+    assert not folder.exists()
 
 
 def test_what_memory_has_no_room_for_goes_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
