@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,6 +223,16 @@ def cpu_times(root: Path = ROOT) -> CpuTimes | None:
         return None
     ticks = [int(word) for word in first[1:9]]  # guest time, which follows, is in user time already
     return CpuTimes(total=sum(ticks), idle=ticks[3] + ticks[4], steal=ticks[7])
+
+
+def idle_cores(seconds: float, root: Path = ROOT) -> float | None:
+    """CPUs' worth of time that nothing ran in while we looked; None where there is no /proc/stat."""
+    before = cpu_times(root)
+    time.sleep(seconds)
+    after = cpu_times(root)
+    if before is None or after is None or after.total == before.total:
+        return None
+    return len(online_cpus(root)) * (after.idle - before.idle) / (after.total - before.total)
 
 
 def process_ticks(root: Path = ROOT) -> dict[int, tuple[str, int]]:

@@ -169,6 +169,19 @@ def test_steal_and_idle_of_all_cpus(tmp_path: Path) -> None:
     assert host.cpu_times(tmp_path) == host.CpuTimes(total=900, idle=750, steal=24)
 
 
+def test_idle_cores_are_what_ran_nothing_while_we_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, {"proc/stat": "cpu  100 0 0 700 0 0 0 0 0 0\n", "sys/devices/system/cpu/online": "0-3\n"})
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: put(tmp_path, {"proc/stat": "cpu  120 0 4 730 6 0 0 20 0 0\n"}) and None
+    )
+    assert host.idle_cores(0.3, tmp_path) == pytest.approx(4 * 36 / 80)
+    assert host.idle_cores(0.3, tmp_path) is None  # no tick has passed
+
+
+def test_idle_cores_of_a_host_that_does_not_tell(tmp_path: Path) -> None:
+    assert host.idle_cores(0.0, tmp_path) is None
+
+
 def test_macos() -> None:
     text = "\n".join(
         [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latbench.cli.training import COUNT, TrainingBar, constraints_of, format_amount, speaks
+from latbench.cli.training import COUNT, TrainingBar, constraints_of, format_amount, leave_busy_cores, speaks
 from latbench.cli.values import LATENCY, PERCENT
 from latbench.errors import UsageError
 
@@ -104,6 +104,7 @@ def command(
             from searchers.candidates import candidate_fleet
 
             problem = replace(problem, fleet=stack.enter_context(candidate_fleet(fleet, _say)))
+        leave_busy_cores()
         bar = stack.enter_context(TrainingBar(f"search {searcher}", plot))
         result = chosen.search(problem, reporter=bar)
     if speaks():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from latbench.cli.training import TrainingBar, speaks
+from latbench.cli.training import TrainingBar, leave_busy_cores, speaks
 
 
 @click.command("train")
@@ -42,6 +42,7 @@ def command(
     recipe = from_settings(
         Recipe, {k: v for k, v in given.items() if v is not None} | dict(assignment(text) for text in settings)
     )
+    leave_busy_cores()
     with TrainingBar(f"train {folder.name}", plot) as bar:
         figures = train_found(found, recipe, reporter=bar)
     if as_json and speaks():
