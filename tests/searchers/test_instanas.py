@@ -75,7 +75,9 @@ def test_published_shares_of_kept_modules(epoch, keep):
 
 
 def test_published_rates_of_pretraining():
-    rates = [InstaNAS(pretrain_epochs=164).pretrain_rate(epoch) for epoch in (0, 81, 82, 122, 123, 163)]
+    rates = [
+        InstaNAS(pretrain_epochs=164, pretrain_lr=0.01).pretrain_rate(epoch) for epoch in (0, 81, 82, 122, 123, 163)
+    ]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
 
@@ -178,7 +180,8 @@ def test_the_meta_graph_learns_under_shuffled_policies(oracle, tmp_path):
 
 @pytest.mark.parametrize("share", [0.05, 0.99])
 def test_fine_tuning_leaves_the_controller_alone(oracle, tmp_path, share):
-    one = one_run(problem_of(tmp_path, (oracle, between(oracle, share))), replace(SHORT, finetune_epochs=2))
+    published = replace(SHORT, finetune_epochs=2, finetune_lr=1e-3)
+    one = one_run(problem_of(tmp_path, (oracle, between(oracle, share))), published)
     one.joint(None)
     chosen = max(one.variants(), key=lambda variant: variant.epoch)
     assert bool(chosen.prices.any()) == (share == 0.05)
@@ -203,6 +206,12 @@ def test_fine_tuning_leaves_the_controller_alone(oracle, tmp_path, share):
     assert share == 0.05 or torch.equal(spy.seen[0], probs >= 0.5), "MAP policies and nothing else"
     assert rates[0] == pytest.approx(1e-3)
     assert rates[len(rates) // 2] == pytest.approx(5e-4), "half way down the cosine"
+
+
+@pytest.mark.slow
+def test_defaults_teach_the_meta_graph_what_digits_are(oracle, tmp_path):
+    problem = problem_of(tmp_path, (oracle, between(oracle, 0.3)), max_images=None)
+    assert InstaNAS().search(problem).notes["test"]["accuracy"] > 0.9
 
 
 def test_layers_that_repay_no_choice_give_all_images_one_subset(oracle, tmp_path):
