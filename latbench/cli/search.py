@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latbench.cli.training import COUNT, TrainingBar, constraints_of, format_amount, leave_busy_cores, speaks
+from latbench.cli.training import COUNT, TrainingBar, constraints_of, format_amount, speaks
 from latbench.cli.values import LATENCY, PERCENT
 from latbench.errors import UsageError
 
@@ -84,6 +84,7 @@ def command(
     from searchers.base import Problem
     from searchers.folders import held
     from searchers.options import from_settings
+    from searchers.world import leave_busy_cores
 
     given = {"epochs": epochs, "batch_size": batch_size}
     chosen = from_settings(
@@ -104,7 +105,8 @@ def command(
             from searchers.candidates import candidate_fleet
 
             problem = replace(problem, fleet=stack.enter_context(candidate_fleet(fleet, _say)))
-        leave_busy_cores()
+        if (fewer := leave_busy_cores()) and speaks():
+            _say(fewer)
         bar = stack.enter_context(TrainingBar(f"search {searcher}", plot))
         result = chosen.search(problem, reporter=bar)
     if speaks():

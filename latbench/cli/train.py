@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from latbench.cli.training import TrainingBar, leave_busy_cores, speaks
+from latbench.cli.training import TrainingBar, speaks
 
 
 @click.command("train")
@@ -37,12 +37,14 @@ def command(
     plugins.load("latbench.searchers", found.result.searcher)  # says what to install where torch is missing
     from searchers.derive import Recipe, train_found
     from searchers.options import from_settings
+    from searchers.world import leave_busy_cores
 
     given = {"epochs": epochs, "batch_size": batch_size}
     recipe = from_settings(
         Recipe, {k: v for k, v in given.items() if v is not None} | dict(assignment(text) for text in settings)
     )
-    leave_busy_cores()
+    if (fewer := leave_busy_cores()) and speaks():
+        click.echo(fewer, err=True)
     with TrainingBar(f"train {folder.name}", plot) as bar:
         figures = train_found(found, recipe, reporter=bar)
     if as_json and speaks():

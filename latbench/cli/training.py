@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,19 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from latbench import host
 from latbench.cli.values import Quantity
 from latbench.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from latbench.oracle.base import Constraint
 
-LOOK_S = 0.3  # at what else runs here
-TAKEN = 0.25  # share of a core's time that others use, from which on it is no core for a thread of ours
 _SCALE = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 
 
@@ -36,27 +31,6 @@ def parse_count(text: str) -> float:
 
 
 COUNT = Quantity("count", parse_count)  # float
-
-
-def leave_busy_cores() -> None:
-    """torch gets as many threads as cores are idle, where OMP_NUM_THREADS does not say how many, and a line tells.
-
-    A thread on a core that others use is waited for in every operation: on two cores, beside one busy process, an epoch
-    of InstaNAS on digits takes 125 s with two threads and 5 s with one (4.5 s with two on an idle machine).
-    """
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
-        return
-    threads, idle, quota = torch.get_num_threads(), host.idle_cores(LOOK_S), host.cpu_quota()
-    room = min(math.inf if free is None else free for free in (idle, quota))
-    if room + TAKEN >= threads:
-        return
-    chosen = max(1, int(room + TAKEN))
-    torch.set_num_threads(chosen)
-    if speaks():
-        why = f"{room:.1f} cores are idle" if room == idle else f"this process is granted {room:g} CPUs"
-        click.echo(f"{why}: training with {chosen} thread(s); set OMP_NUM_THREADS for another number", err=True)
 
 
 class TrainingBar:
