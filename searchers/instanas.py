@@ -22,7 +22,7 @@ Differs from the paper and its released code:
   the best one are compared by their loss before it is fine-tuned. With few images the controller's reward is mostly
   latency, and some single networks are more accurate than what it chooses; then that is the answer.
 * Shorter by default: 20 + 41 + 10 epochs, theirs 164 + 501 + 300, of batches 64, 32 and 64 (theirs 256), at rates ten
-  times theirs: at theirs so few steps leave the meta-graph untrained (digits: 48 % right, at these 97 %).
+  times theirs: at theirs so few steps leave the meta-graph untrained (digits: 48 % right, at these 95 to 98 %).
 * Pretraining drops modules as the search does, with module 4 in a first layer that loses all; theirs gives zeros.
 * One normalisation of colours. The meta-graph's weights start as torch has them. Every draw is seeded.
 """

@@ -1,4 +1,4 @@
-"""The processes and the device that train: one CPU or GPU, or one process per GPU under ``torchrun``.
+"""The processes, threads and device that train: one CPU or GPU, or one process per GPU under ``torchrun``.
 
 DistributedDataParallel averages gradients, autocast lowers precision where there is a GPU; a searcher asks the world
 for both and stays the same code everywhere.
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from latbench import host
 from latbench.errors import LatbenchError, UsageError
 
-LOOK_S = 0.3  # at what else runs here
+LOOK_S = 1.0  # at what else runs here; a burst of a quarter of it is no reason to train with fewer threads for hours
 TAKEN = 0.25  # share of a core's time that others use, from which on it is no core for a thread of ours
 M = TypeVar("M", bound=nn.Module)
 
@@ -117,9 +117,10 @@ def leave_busy_cores() -> str | None:
     A thread on a core that others use is waited for in every operation: on two cores, beside one busy process, an epoch
     of InstaNAS on digits takes 125 s with two threads and 5 s with one (4.5 s with two on an idle machine).
     """
-    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
+    threads = torch.get_num_threads()
+    if threads == 1 or "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return None
-    threads, idle, quota = torch.get_num_threads(), host.idle_cores(LOOK_S), host.cpu_quota()
+    idle, quota = host.idle_cores(LOOK_S), host.cpu_quota()
     room = min(math.inf if free is None else free for free in (idle, quota))
     if room + TAKEN >= threads:
         return None
