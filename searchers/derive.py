@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
             raise UsageError(
-                f"a recipe needs epochs >= 1, batch_size >= 1 and warmup_epochs < epochs, got {asdict(self)}"
+                "a recipe needs epochs >= 1, batch_size >= 1 and warmup_epochs from 0 to below epochs, got "
+                f"{self.epochs}, {self.batch_size} and {self.warmup_epochs:g}"
             )
+
+    def lasting(self, epochs: int) -> Recipe:
+        """The same at another length, of which the warm-up takes at most half. Raises UsageError."""
+        return replace(self, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs / 2))
 
 
 def train_network(

@@ -55,17 +55,12 @@ def _opened(text: str, recipe: Recipe, held_out: float, problem: Problem) -> Eva
     if kind == "table" and where:
         return AccuracyTable.named(where, problem.space)
     if kind == "train" and (not colon or (where.isdecimal() and int(where) > 0)):
-        return Trained(problem, for_epochs(int(where), recipe) if colon else recipe, held_out)
+        return Trained(problem, recipe.lasting(int(where)) if colon else recipe, held_out)
     if kind == "synflow" and not colon:
         return SynFlow(problem)
     if kind == "naswot" and not colon:
         return NASWOT(problem)
     raise UsageError(f"unknown evaluator {text!r}: {KINDS}")
-
-
-def for_epochs(epochs: int, recipe: Recipe = QUICK) -> Recipe:
-    """The recipe at another length. Raises UsageError."""
-    return replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs / 2))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from latbench.errors import InfeasibleTargetError, UsageError
 from latbench.spaces.base import Arch
 from searchers.base import TOLERANCE, Problem, Reporter, Scalar, SearchResult
 from searchers.derive import Recipe, publish
-from searchers.evaluators import HELD_OUT, QUICK, Lookups, Trained, for_epochs, open_evaluator
+from searchers.evaluators import HELD_OUT, QUICK, Lookups, Trained, open_evaluator
 from searchers.options import settings_of
 from searchers.slow_fast import violations
 from searchers.world import World
@@ -64,7 +64,7 @@ class RandomSearch:
     @property
     def recipe(self) -> Recipe:
         """Of a candidate's training. Raises UsageError."""
-        return replace(for_epochs(self.epochs), batch_size=self.batch_size, lr=self.lr)
+        return replace(QUICK.lasting(self.epochs), batch_size=self.batch_size, lr=self.lr)
 
     def search(self, problem: Problem, *, reporter: Reporter | None = None) -> SearchResult:
         """As ``Searcher.search``; with more `evaluations` it goes on from those made before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ from latbench.cli.training import TrainingBar, speaks
 
 @click.command("train")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's.")
+@click.option("--epochs", type=click.IntRange(1), help="Default: the recipe's; warm-up takes at most half.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a step, over all processes.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of the recipe: mixup=0, lr=0.2, ...")
 @click.option("--plot", type=click.Path(path_type=Path), help="Redraw the history here every epoch: run.svg.")
@@ -39,10 +40,9 @@ def command(
     from searchers.options import from_settings
     from searchers.world import leave_busy_cores
 
-    given = {"epochs": epochs, "batch_size": batch_size}
-    recipe = from_settings(
-        Recipe, {k: v for k, v in given.items() if v is not None} | dict(assignment(text) for text in settings)
-    )
+    recipe = Recipe() if epochs is None else Recipe().lasting(epochs)
+    given = asdict(recipe) if batch_size is None else asdict(recipe) | {"batch_size": batch_size}
+    recipe = from_settings(Recipe, given | dict(assignment(text) for text in settings))
     if (fewer := leave_busy_cores()) and speaks():
         click.echo(fewer, err=True)
     with TrainingBar(f"train {folder.name}", plot) as bar:

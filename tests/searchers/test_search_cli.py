@@ -64,8 +64,10 @@ def test_from_a_table_to_a_trained_and_verified_network(table, ms, tmp_path):
     assert found.settings["epochs"] == 1
     before = found.result.network.read_bytes()
 
-    train = ["train", out, "--epochs", 1, "--batch-size", 64, "--set", "warmup_epochs=0"]
+    train = ["train", out, "--epochs", 1, "--batch-size", 64]
+    assert "warmup_epochs from 0 to below epochs, got 1, 64 and 1" in refused(*train, "--set", "warmup_epochs=1")
     trained = json.loads(run(*train, "--json").stdout)
+    assert trained["recipe"]["warmup_epochs"] == 0.5  # at most half of the run
     assert 0 <= trained["accuracy"] <= 1
     found = read_result(out)
     assert found.trained == trained
