@@ -2,8 +2,9 @@
 
 The relative latency is 1 + a sum of ingredients (each source device, quantities on paper, free options) + noise. Each
 ingredient's coefficients are normal with a scale of its own, and zero in a part of the models: "no source at all" is
-one of them, and wins where the sources mislead. Noise is relative to the latency and a mixture of sizes, so that an
-outlier counts little. Nothing is chosen: scales and outliers are averaged over as their marginal likelihood says
+one of them, and wins where the sources mislead. Noise is relative to the latency and a mixture of sizes, of which the
+larger ones are delays: what disturbs a measurement makes it slower. So an outlier counts little, the least where it is
+late. Nothing is chosen: scales and outliers are averaged over as their marginal likelihood says
 (MacKay 1992; Hoeting et al. 1999), by sampling with tempering, Metropolis-Hastings moves (Del Moral, Doucet, Jasra
 2006) and Gibbs sweeps over the measurements. Leave-one-out predictions follow in closed form.
 """
@@ -27,7 +28,8 @@ _STEP = 0.5  # of a move, in the logarithm of a scale
 _LEVEL_SCALE = 0.5  # of the constant, relative to the median measurement
 _NOISE = (0.03, 1.0)  # median and spread of its scale, as an ingredient's
 _SIZES = np.array([1.0, 3.0, 10.0, 40.0])  # of a measurement's noise, relative to the usual: about a Student t
-_SHARES = np.array([0.9, 0.06, 0.03, 0.01])  # of the sizes
+_SHARES = np.array([0.82, 0.11, 0.055, 0.015])  # of the sizes
+_DELAYS = _SIZES - 1  # mean of each size's noise, in the same unit
 _FEW, _ALONE = 0.8, 0.1  # shares of models with few sources, and with none
 _N_FEW = 1.3  # sources expected among few
 _PAPER = 0.2  # of the chance of other guesses, where there are sources
@@ -73,7 +75,7 @@ class _Models(NamedTuple):
 
 class _Evidence(NamedTuple):
     log_likelihood: Floats  # (M,)
-    alphas: Floats  # (M, n) covariance^-1 (y - expected)
+    alphas: Floats  # (M, n) covariance^-1 (y - expected, delays included)
     inverse: Floats  # (M, n, n)
 
     def pick(self, rows: NDArray[np.int64]) -> _Evidence:
@@ -132,11 +134,16 @@ class _Problem:
         """(M, n) variances of a measurement of the usual size."""
         return models.variances[:, -1:] * self.y**2
 
+    def delay(self, models: _Models) -> Floats:
+        """(M, n) expected noise of each measurement."""
+        delay: Floats = np.sqrt(self.noise(models)) * _DELAYS[models.sizes]
+        return delay
+
     def evaluate(self, models: _Models) -> _Evidence:
         """Marginal likelihoods, up to a constant."""
         n = len(self.y)
         variances, noise = models.variances, self.noise(models) * _SIZES[models.sizes] ** 2
-        residuals = self.y - 1 - self.shares(models) @ self.guesses
+        residuals = self.y - 1 - self.shares(models) @ self.guesses - self.delay(models)
         inverses, log_dets, batch = [], [], max(1, _WORK // n**2)
         for at in range(0, len(variances), batch):
             covariance = (variances[at : at + batch, :-1] @ self.kernels).reshape(-1, n, n) + _LEVEL_SCALE**2
@@ -152,18 +159,20 @@ class _Problem:
         sizes, usual = models.sizes.copy(), self.noise(models)
         alphas, inverse = found.alphas.copy(), found.inverse.copy()
         for i in range(len(self.y)):
-            precision = inverse[:, i, i]
-            held = usual[:, i] * _SIZES[sizes[:, i]] ** 2
-            error = alphas[:, i] / precision
+            precision, before, root = inverse[:, i, i], sizes[:, i], np.sqrt(usual[:, i, None])
+            held = usual[:, i] * _SIZES[before] ** 2
+            late = (alphas[:, i] / precision)[:, None] + root * (_DELAYS[before][:, None] - _DELAYS)
             spread = np.maximum(1 / precision - held, 0)[:, None] + usual[:, i, None] * _SIZES**2 + 1e-10
-            score = temperature * -0.5 * (np.log(spread) + error[:, None] ** 2 / spread) + np.log(_SHARES)
-            sizes[:, i] = (score + rng.gumbel(size=score.shape)).argmax(axis=1)
-            change = usual[:, i] * _SIZES[sizes[:, i]] ** 2 - held
-            moved = np.flatnonzero(change)
+            score = temperature * -0.5 * (np.log(spread) + late**2 / spread) + np.log(_SHARES)
+            now = (score + rng.gumbel(size=score.shape)).argmax(axis=1)
+            moved = np.flatnonzero(now != before)
+            change = usual[moved, i] * (_SIZES[now[moved]] ** 2 - _SIZES[before[moved]] ** 2)
+            delayed = root[moved, 0] * (_DELAYS[now[moved]] - _DELAYS[before[moved]])
             column = inverse[moved, :, i]  # Sherman and Morrison
-            gain = change[moved] / (1 + change[moved] * precision[moved])
-            alphas[moved] -= (gain * alphas[moved, i])[:, None] * column
-            inverse[moved] -= gain[:, None, None] * column[:, :, None] * column[:, None, :]
+            gain = 1 / (1 + change * precision[moved])
+            alphas[moved] -= (gain * (change * alphas[moved, i] + delayed))[:, None] * column
+            inverse[moved] -= (gain * change)[:, None, None] * column[:, :, None] * column[:, None, :]
+            sizes[:, i] = now
         return models._replace(sizes=sizes)
 
 
@@ -228,11 +237,12 @@ def _systematic(weights: Floats, rng: np.random.Generator) -> NDArray[np.int64]:
 def _left_out(problem: _Problem, models: _Models, found: _Evidence) -> Floats:
     """(n,) averages over the models as the other measurements alone weigh them."""
     precision = np.diagonal(found.inverse, axis1=1, axis2=2)  # (M, n)
-    error = found.alphas / precision
+    error = found.alphas / precision + problem.delay(models)  # of what is expected without noise
     usual = problem.noise(models)
     rest = np.maximum(1 / precision - usual * _SIZES[models.sizes] ** 2, 0)
     spread = (rest + 1e-10)[:, :, None] + usual[:, :, None] * _SIZES**2  # (M, n, sizes)
-    density = (_SHARES / np.sqrt(spread) * np.exp(-0.5 * error[:, :, None] ** 2 / spread)).sum(axis=2)
+    late = error[:, :, None] - np.sqrt(usual)[:, :, None] * _DELAYS
+    density = (_SHARES / np.sqrt(spread) * np.exp(-0.5 * late**2 / spread)).sum(axis=2)
     weights = density.min(axis=0) / density
     predictions = problem.y - error
     average: Floats = (weights * predictions).sum(axis=0) / weights.sum(axis=0)

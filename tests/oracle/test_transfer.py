@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from latbench.errors import TableError, UsageError
-from latbench.oracle import transfer
+from latbench.oracle import transfer, transfer_blend
 from latbench.oracle.conformal import coverage
 from latbench.oracle.factors import Factor, FactorOracle
 from latbench.oracle.features import live_cells
@@ -181,7 +182,7 @@ def test_networks_of_which_nothing_runs_are_told_by_the_device_alone():
     found = TransferOracle.fit(measured, sources=sources)
     alone = LearnedOracle.fit(measured, calibrated=False)
     assert whole.latencies(archs[dead]).min() > 2.0
-    assert found.latencies(archs[dead]).max() < 0.1
+    assert found.latencies(archs[dead]).max() < 0.15
     living = np.abs(found.latencies(archs[~dead]) / device.latencies(archs[~dead]) - 1).mean()
     assert living < np.abs(alone.latencies(archs[~dead]) / device.latencies(archs[~dead]) - 1).mean()
 
@@ -267,6 +268,49 @@ def test_blend_is_gaussian_regression_where_the_scales_are_known():
     np.testing.assert_allclose(found.coefficients[0], [0.3, -0.2, 0.1], atol=0.005)
     again = blend(y[1:], [Ingredient(x[1:], median=0.3, spread=0.01, chance=1.0)], np.random.default_rng(1))
     assert found.left_out[0] == pytest.approx(1 + again.constant + x[0] @ again.coefficients[0], abs=2e-4)
+
+
+def test_blend_averages_over_which_measurements_are_late(monkeypatch):
+    """Brute force: every way in which five measurements may be disturbed, weighed by its likelihood."""
+    monkeypatch.setattr(transfer_blend, "_NOISE", (0.02, 1e-9))
+    x = np.linspace(-1, 1, 5)[:, None]
+    y = 1 + 0.2 * x[:, 0] + [0.0, 0.01, 0.12, -0.01, 0.04]
+
+    def posterior(x, y):
+        covariance = 0.3**2 * x @ x.T + transfer_blend._LEVEL_SCALE**2
+        total, constant, slope = 0.0, 0.0, 0.0
+        for sizes in product(range(4), repeat=len(y)):
+            s = list(sizes)
+            spread = covariance + np.diag((0.02 * y * transfer_blend._SIZES[s]) ** 2 + 1e-10)
+            off = y - 1 - 0.02 * y * transfer_blend._DELAYS[s]
+            alpha = np.linalg.solve(spread, off)
+            weight = np.prod(transfer_blend._SHARES[s]) * np.exp(-0.5 * off @ alpha) / np.sqrt(np.linalg.det(spread))
+            total += weight
+            constant += weight * transfer_blend._LEVEL_SCALE**2 * alpha.sum()
+            slope += weight * 0.3**2 * (x[:, 0] @ alpha)
+        return constant / total, slope / total
+
+    found = blend(y, [Ingredient(x, median=0.3, spread=1e-9, chance=1.0)], np.random.default_rng(0))
+    constant, slope = posterior(x, y)
+    assert found.constant == pytest.approx(constant, abs=1e-3)
+    assert found.coefficients[0][0] == pytest.approx(slope, abs=1e-3)
+    for i in range(5):
+        kept = np.arange(5) != i
+        constant, slope = posterior(x[kept], y[kept])
+        assert found.left_out[i] == pytest.approx(1 + constant + slope * x[i, 0], abs=3e-3)
+
+
+def test_late_measurements_count_less_than_early_ones():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((10, 1))
+    y = 1 + 0.3 * x[:, 0] + 0.01 * rng.standard_normal(10)
+    off = np.where(np.arange(10) < 3, 0.05, 0.0)
+    late, early = (
+        blend(y + shift, [Ingredient(x, median=0.3, spread=1.0, chance=1.0)], np.random.default_rng(0)).constant
+        for shift in (off, -off)
+    )
+    assert -0.01 < late < 0.012
+    assert abs(early) > 1.5 * abs(late)
 
 
 def test_what_cannot_be_used_is_refused():
