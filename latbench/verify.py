@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latbench import devices, plugins
-from latbench.errors import EnvironmentUnfitError, MeasurementError, UsageError
+from latbench.errors import EnvironmentUnfitError, InfeasibleTargetError, MeasurementError, UsageError
 from latbench.measure.base import SamplingPlan
 from latbench.oracle.base import Constraint
 from latbench.oracle.calibrated import CalibratedOracle
@@ -112,7 +112,15 @@ def until_met(
             constraint if settled(one) else _corrected(constraint, arch, one)
             for constraint, one in zip(asked[-1], done[-1], strict=True)
         )
-        _select_again(folder, constraints)
+        try:
+            _select_again(folder, constraints)
+        except InfeasibleTargetError as error:
+            told = ", ".join(
+                f"{one.measured:.4g} {one.unit} measured where {one.predicted:.4g} was predicted"
+                for one in done[-1]
+                if not settled(one)
+            )
+            raise InfeasibleTargetError(f"{told}; corrected by that, {error}") from None
         asked.append(constraints)
         done.append(verify(folder, plan=plan, reporter=reporter))
         note(folder, "rounds", [[one.to_dict() for one in verified] for verified in done])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,13 @@ def test_a_missed_target_is_corrected_until_it_is_met(table, ms, tmp_path):
     assert found.result.target == first.target
     assert found.problem.constraints[0].oracle.latency(first.arch) > first.predicted[0], "the oracle was corrected"
     assert run("verify", tmp_path, *BENCH).exit_code == 0
+
+
+def test_a_target_that_nothing_meets_once_it_is_corrected(table, ms, tmp_path):
+    assert run("search", "aows", "--table", table, "--target", us(1.001 * ms[0]), *QUICK, "-o", tmp_path).exit_code == 0
+    told = refused("verify", tmp_path, "--until-met", *BENCH)
+    assert re.search(r"ms measured where [\d.]+ was predicted; corrected by that, no mobilenet_v1 network meets", told)
+    assert "predicted" in run("verify", tmp_path, *BENCH).stdout, "the folder is as it was"
 
 
 @pytest.fixture(scope="module")
