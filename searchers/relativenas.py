@@ -49,6 +49,7 @@ from searchers.train import Loop, Position
 from searchers.world import World
 
 SUPERNET = "supernet"
+NEAREST = "nearest to the last generation"
 
 
 @dataclass(frozen=True)
@@ -296,9 +297,15 @@ def choose(problem: Problem, course: _Course, judge: Judge, start: Arch | None) 
         if not problem.satisfied(arch):
             bound = float(problem.constraints[0].bounds(np.array([arch]))[0])
             raise InfeasibleTargetError(infeasible(problem.constraints[0], arch, bound))
-        kept, origin = judge.rank([arch]), "nearest to the last generation"
+        kept, origin = judge.rank([arch]), NEAREST
     told = [
         {"arch": list(r.arch), "loss": r.loss, "predicted": list(problem.predicted(r.arch))}
         for r in sorted(ranking, key=lambda r: r.loss)
     ]
-    return min(kept, key=lambda r: r.loss), {"chosen_from": origin, "ranking": told}
+    notes: dict[str, Any] = {"chosen_from": origin, "ranking": told}
+    if origin == NEAREST:
+        notes["warning"] = (
+            "no candidate kept the budget; this is the nearest to the last generation, changed until it does: give the "
+            "search more generations, or start within the budget (--set feasible_start=true)"
+        )
+    return min(kept, key=lambda r: r.loss), notes

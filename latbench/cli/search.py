@@ -142,5 +142,7 @@ def _told(problem: Problem, result: SearchResult) -> str:
         )
     if "accuracy" in result.notes:
         lines.append(f"  accuracy {result.notes['accuracy']:.2%} on held-out images, with the weights of the search")
+    if "warning" in result.notes:
+        lines.append(f"  warning: {result.notes['warning']}")
     lines += [f"  score {result.score:.4g}", f"written to {problem.out}; next: latbench verify {problem.out}"]
     return "\n".join(lines)

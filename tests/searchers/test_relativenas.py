@@ -263,6 +263,7 @@ def test_a_tight_target_is_kept_and_told(tmp_path):
     result = QUICK.search(problem)
     assert result.predicted[0] <= target
     assert result.notes["chosen_from"] == "nearest to the last generation"
+    assert "feasible_start" in result.notes["warning"]
     assert min(entry["predicted"][0] for entry in result.notes["ranking"]) > target
 
 
@@ -283,6 +284,7 @@ def test_a_finished_search_answers_another_target(tmp_path):
     assert watch.steps == 0
     assert second.predicted[0] <= target
     assert second.notes["chosen_from"] == "last generation"
+    assert "warning" not in second.notes
     assert read_result(tmp_path).result == second
 
 
