@@ -49,7 +49,6 @@ from searchers.train import Loop, Position
 from searchers.world import World
 
 SUPERNET = "supernet"
-NEAREST = "nearest to the last generation"
 
 
 @dataclass(frozen=True)
@@ -277,7 +276,7 @@ def choose(problem: Problem, course: _Course, judge: Judge, start: Arch | None) 
     remembers.
 
     Where none does: the best of those that did in earlier generations, else what the nearest can be mended to, else
-    `start`. Raises InfeasibleTargetError where that breaks a budget too.
+    `start`, with a warning. Raises InfeasibleTargetError where that breaks a budget too.
     """
     space, last = problem.space, list(dict.fromkeys(_archs(course.population.archs)))
     known = sorted((arch for arch in course.seen if problem.satisfied(arch)), key=course.seen.__getitem__)
@@ -286,6 +285,7 @@ def choose(problem: Problem, course: _Course, judge: Judge, start: Arch | None) 
         last = known + [arch for arch in last if judge.affords(arch) and arch not in known and problem.satisfied(arch)]
         known, origin = [], "all generations"
     ranking = judge.rank(last)
+    notes: dict[str, str] = {}
     kept = [ranked for ranked in ranking if problem.satisfied(ranked.arch)]
     if not kept and known:
         kept, origin = judge.rank(known), "earlier generations"
@@ -297,15 +297,13 @@ def choose(problem: Problem, course: _Course, judge: Judge, start: Arch | None) 
         if not problem.satisfied(arch):
             bound = float(problem.constraints[0].bounds(np.array([arch]))[0])
             raise InfeasibleTargetError(infeasible(problem.constraints[0], arch, bound))
-        kept, origin = judge.rank([arch]), NEAREST
-    told = [
-        {"arch": list(r.arch), "loss": r.loss, "predicted": list(problem.predicted(r.arch))}
-        for r in sorted(ranking, key=lambda r: r.loss)
-    ]
-    notes: dict[str, Any] = {"chosen_from": origin, "ranking": told}
-    if origin == NEAREST:
+        kept, origin = judge.rank([arch]), "nearest to the last generation"
         notes["warning"] = (
             "no candidate kept the budget; this is the nearest to the last generation, changed until it does: give the "
             "search more generations, or start within the budget (--set feasible_start=true)"
         )
-    return min(kept, key=lambda r: r.loss), notes
+    told = [
+        {"arch": list(r.arch), "loss": r.loss, "predicted": list(problem.predicted(r.arch))}
+        for r in sorted(ranking, key=lambda r: r.loss)
+    ]
+    return min(kept, key=lambda r: r.loss), {"chosen_from": origin, "ranking": told, **notes}
