@@ -142,7 +142,7 @@ class OnnxRuntimeRunner:
 
     def layers(self) -> list[LayerTime] | None:
         """Median of each kernel over 20 inferences of a session of its own, with ONNX Runtime's profiler on."""
-        with tempfile.TemporaryDirectory(prefix="latbench-") as folder:
+        with tempfile.TemporaryDirectory(prefix="layers-", dir=self._artifact.parent) as folder:  # goes with the run's
             self._options.enable_profiling = True
             self._options.profile_file_prefix = os.path.join(folder, "profile")  # noqa: PTH118
             session = self._ort.InferenceSession(str(self._artifact), self._options, providers=["CPUExecutionProvider"])

@@ -84,6 +84,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """An interrupt that an extension module turned into an error of its own is an interrupt."""
         try:
+            interrupts.find_tempdir()
             return super().invoke(ctx)
         except Exception as error:
             number = interrupts.came()

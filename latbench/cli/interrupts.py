@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,17 @@ def heeded(command: Callable[[], str | None]) -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if _came else handler)
+
+
+def find_tempdir() -> None:
+    """Lets Python find its folder for temporary files while signals wait: it tries folders with a file, which one that
+    came just before the file goes would leave there. To be called while this process has one thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        with contextlib.suppress(OSError):  # who needs one says so
+            tempfile.gettempdir()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(number: int, command: str | None) -> None:

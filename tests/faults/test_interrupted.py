@@ -187,6 +187,17 @@ def test_a_command_that_keeps_nothing_says_so(folder: Path) -> None:
     assert list(run.tmp.iterdir()) == []
 
 
+def test_while_python_looks_for_a_folder_for_temporary_files(folder: Path) -> None:
+    """It tries one with a file of its own."""
+    strike = "import os, signal; remove = os.unlink; "
+    strike += "os.unlink = lambda path: (os.kill(os.getpid(), signal.SIGINT), remove(path)); "
+    run = Command(folder, "bench", "mobilenet_v1:mobilenet-v1", "-o", "b.parquet", program=strike + PROGRAM)
+    status, out, err = run.end()
+    assert (status, out) == (130, "")
+    assert "the same command starts again" in one_line(err.lstrip())
+    assert list(run.tmp.iterdir()) == []
+
+
 def _steps(name: str) -> str:
     """A program that notes every step that is trained."""
     noted = "import os, searchers.train as t, torch; torch.set_num_threads(1); tell = t.Loop._tell; "
