@@ -5,11 +5,17 @@
 
 DIR holds nb201_search.parquet: accuracies (CIFAR-100, 200 epochs, test) of all 15,625 cells and their latencies on a
 GTX 1080 Ti at batch 1 and 256, imported as tables. A search may look up LOOKUPS accuracies, and asks an oracle for
-latencies as often as it likes: the truth, or a model learned from MEASURED D-optimal cells, held to the upper end of
-its 90 % intervals. Limits are percentiles of the latencies of all distinct networks. Networks are canonical spellings,
-edges that do not reach the output set to none: a class of equal graphs is one network, one look-up, one accuracy and
-one latency, its canonical spelling's (12,205 of 15,625; isomorphic graphs and edges from nodes without input stay
-apart).
+latencies as often as it likes. Limits are percentiles of the latencies of all distinct networks. Networks are canonical
+spellings, edges that do not reach the output set to none: a class of equal graphs is one network, one look-up, one
+accuracy and one latency, its canonical spelling's (12,205 of 15,625; isomorphic graphs and edges from nodes without
+input stay apart).
+
+Oracles:
+
+* true: the latencies.
+* learned: a model fitted to MEASURED D-optimal cells, held to the upper end of its 90 % intervals.
+* finalists: the same, with FINALISTS of the measurements kept back. The search is held to the lower ends, what may keep
+  the limit; of what it looked up, the best are measured until one keeps it, or is known to without.
 
 Searches (``SEARCHES``), each one fixed choice for all limits, made on CIFAR-10's accuracies (--tune; renewal's size on
 ImageNet16-120's too):
@@ -42,13 +48,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from latbench.errors import UsageError
 from latbench.importers import arrays
 from latbench.importers.base import Source
 from latbench.oracle.base import Constraint
 from latbench.oracle.factors import Factor, FactorOracle
 from latbench.oracle.learned import LearnedOracle
 from latbench.oracle.sampling import d_optimal
-from latbench.spaces.base import Arch
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import LatencyTable
 from searchers.accuracy_table import AccuracyTable
@@ -59,10 +65,15 @@ from searchers.qlearning import SCHEDULE, Learner, Process, Rates, Trajectory, e
 from searchers.random_search import draw
 from searchers.slow_fast import explore, violations
 
-LOOKUPS, MEASURED = 300, 50
+LOOKUPS, MEASURED, FINALISTS = 300, 50, 5
 PERCENTILES = (20, 50, 80)
-CONFIDENCE = 0.95  # of a limit: the upper end of a 90 % interval
+LEVEL = 0.9  # of intervals: a limit is kept with 95 % confidence
 SHAPE = (5,) * 6
+TITLES = {
+    "true": "true latencies",
+    "learned": f"oracle learned from {MEASURED} cells, 90 % margin",
+    "finalists": f"oracle learned from {MEASURED - FINALISTS} cells, {FINALISTS} finalists measured",
+}
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -125,20 +136,23 @@ class Cells:
             self.space, (Factor("network", tuple(range(6)), values.reshape(SHAPE)),), self.table.provenance
         )
 
-    def learned_bounds(self, seed: int) -> Floats:
-        """(15625,) ms: what each network takes at most, with CONFIDENCE, after MEASURED ones were measured, which are
-        chosen as ``latbench profile --sampling d_optimal`` does.
+    def learned(self, seed: int, measured: int = MEASURED) -> tuple[Floats, Floats]:
+        """(15625,) ms each: the lower and upper ends of the 90 % intervals of every network's latency after so many
+        were measured, which are chosen as ``latbench profile --sampling d_optimal`` does.
 
         The rows' order in the file is no order of measuring, so no drift is looked for.
         """
-        archs = d_optimal(self.space, MEASURED, np.random.default_rng((seed, MEASURED)))
+        archs = d_optimal(self.space, measured, np.random.default_rng((seed, MEASURED)))
         chosen = self.network[np.ravel_multi_index(archs.T, SHAPE)]
         rows = np.ravel_multi_index(self.table.networks()[0].T, SHAPE)
-        measured = self.table.take(np.flatnonzero(np.isin(rows, chosen)))
-        oracle = LearnedOracle.fit(measured, drift=False)
-        found = np.zeros(len(self.archs))
-        found[self.networks] = Constraint(oracle, 1.0, CONFIDENCE).bounds(self.archs[self.networks])
-        return found[self.network]
+        table = self.table.take(np.flatnonzero(np.isin(rows, chosen)))
+        ends = LearnedOracle.fit(table, drift=False).interval(self.archs[self.networks], LEVEL)
+        if ends is None:
+            raise UsageError(f"{measured} networks are too few for an interval")
+        found = np.zeros((2, len(self.archs)))
+        found[:, self.networks] = ends
+        lower, upper = found[:, self.network]
+        return lower, upper
 
 
 # ---- searches -------------------------------------------------------------------------------------------------------
@@ -250,21 +264,39 @@ CHOICES: dict[str, Search] = {  # what SEARCHES was chosen from, by the worst ra
 # ---- the study ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Knowledge:
+    """What a search may know of latencies: (15625,) ms each."""
+
+    asked: Floats  # what its oracle says
+    surely: Floats  # what a network takes at most
+    finalists: int = 0  # measurements that are left for the best of what it finds
+
+    @classmethod
+    def of(cls, cells: Cells, oracle: str, seed: int) -> Knowledge:
+        if oracle == "true":
+            return cls(cells.latency_ms, cells.latency_ms)
+        if oracle == "learned":
+            _, upper = cells.learned(seed)
+            return cls(upper, upper)
+        lower, upper = cells.learned(seed, MEASURED - FINALISTS)
+        return cls(lower, upper, FINALISTS)
+
+
 def run(
-    cells: Cells, search: Search, constraint: Constraint, limit_ms: float, seed: int, budget: int = LOOKUPS
+    cells: Cells, search: Search, knowledge: Knowledge, limit_ms: float, seed: int, budget: int = LOOKUPS
 ) -> dict[str, object]:
     """One search's answer, judged by the truth."""
     lookups = Lookups(cells.judge or cells.accuracy, cells.space, budget=budget)
     with contextlib.suppress(BudgetSpentError):
-        search(lookups, constraint, seed, budget)
-    kept = cells.networks[cells.latency_ms[cells.networks] <= limit_ms * (1 + TOLERANCE)]
-    best = float(cells.accuracies[kept].max())
-    arch, _ = lookups.best(known(lookups, constraint))
-    at = np.ravel_multi_index(arch, SHAPE)
+        search(lookups, Constraint(cells.oracle(knowledge.asked), limit_ms), seed, budget)
+    most_ms = limit_ms * (1 + TOLERANCE)
+    best = float(cells.accuracies[cells.networks[cells.latency_ms[cells.networks] <= most_ms]].max())
+    at = answer(cells, lookups, knowledge, most_ms)
     accuracy, latency_ms = float(cells.accuracies[at]), float(cells.latency_ms[at])
     return {
         "seed": seed,
-        "arch": cells.space.format_arch(arch),
+        "arch": cells.space.format_arch(cells.archs[at].tolist()),
         "accuracy_percent": 100 * accuracy,
         "latency_ms": latency_ms,
         "limit_ms": limit_ms,
@@ -274,25 +306,32 @@ def run(
     }
 
 
-def known(lookups: Lookups, constraint: Constraint) -> list[Arch]:
-    """What was looked up and keeps the limit as the oracle has it."""
-    archs = list(lookups.values)
-    kept = violations((constraint,), np.array(archs, np.int64)) <= TOLERANCE
-    return [arch for arch, keeps in zip(archs, kept, strict=True) if keeps]
+def answer(cells: Cells, lookups: Lookups, knowledge: Knowledge, most_ms: float) -> int:
+    """Index of the best network looked up that surely keeps the limit, or was measured to, best first. Raises
+    UsageError where there is none."""
+    left = knowledge.finalists
+    for arch in sorted(lookups.values, key=lookups.values.__getitem__, reverse=True):
+        at = int(np.ravel_multi_index(arch, SHAPE))
+        if knowledge.surely[at] <= most_ms:
+            return at
+        if left and knowledge.asked[at] <= most_ms:
+            left -= 1
+            if cells.latency_ms[at] <= most_ms:
+                return at
+    raise UsageError(f"of {lookups.spent} networks looked up none is known to keep {most_ms:.4g} ms")
 
 
 def study(
-    cells: Cells, batch: int, searches: dict[str, Search], seeds: Sequence[int], learned: bool, budget: int = LOOKUPS
+    cells: Cells, batch: int, searches: dict[str, Search], seeds: Sequence[int], oracle: str, budget: int = LOOKUPS
 ) -> Iterator[dict[str, object]]:
     """One line per limit, seed and search."""
     for seed in seeds:
-        bounds = cells.learned_bounds(seed) if learned else cells.latency_ms
-        oracle = cells.oracle(bounds)
+        knowledge = Knowledge.of(cells, oracle, seed)
         for percentile in PERCENTILES:
             limit_ms = float(np.percentile(cells.latency_ms[cells.networks], percentile))
-            about = {"batch": batch, "oracle": "learned" if learned else "true", "percentile": percentile}
+            about = {"batch": batch, "oracle": oracle, "percentile": percentile}
             for name, search in searches.items():
-                found = run(cells, search, Constraint(oracle, limit_ms), limit_ms, seed, budget)
+                found = run(cells, search, knowledge, limit_ms, seed, budget)
                 yield {**about, "search": name, **found}
 
 
@@ -336,7 +375,7 @@ def draw_picture(table: pd.DataFrame, path: Path) -> None:
         limits = [part[part["percentile"] == p]["limit_ms"].iloc[0] for p in PERCENTILES]
         texts = [f"{p}th percentile\n{ms:.2f} ms" for p, ms in zip(PERCENTILES, limits, strict=True)]
         axis.set_xticks(np.arange(len(PERCENTILES)), texts)
-        told = "true latencies" if oracle == "true" else f"oracle learned from {MEASURED} cells, 90 % margin"
+        told = TITLES[str(oracle)]
         axis.set_title(f"GTX 1080 Ti, batch {batch}: {told}", fontsize="medium")
         axis.set_ylabel("regret, points of accuracy")
         axis.grid(axis="y", alpha=0.3)
@@ -348,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 256], choices=[1, 256])
-    parser.add_argument("--oracle", nargs="+", default=["true", "learned"], choices=["true", "learned"])
+    parser.add_argument("--oracle", nargs="+", default=list(TITLES), choices=list(TITLES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--lookups", type=int, default=LOOKUPS)
     parser.add_argument("--judge", help="column of the accuracies that are looked up; else those that answers have")
@@ -367,7 +406,7 @@ def main() -> None:
     for batch in options.batch:
         cells = Cells.read(options.data / "nb201_search.parquet", accuracy, batch, options.judge)
         for oracle in options.oracle:
-            lines += study(cells, batch, searches, seeds, oracle == "learned", options.lookups)
+            lines += study(cells, batch, searches, seeds, oracle, options.lookups)
     table = pd.DataFrame(lines)
     found = summary(table)
     print("$ python", " ".join(sys.argv))

@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from latbench.errors import UsageError
 from latbench.oracle.base import Constraint
 from latbench.provenance import Provenance
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.tables import LatencyTable, Row
 from searchers.accuracy_table import AccuracyTable
 from searchers.base import Problem
+from searchers.evaluators import Lookups
 from searchers.random_search import draw
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,10 @@ def cells(study):
     return study.Cells(space, LatencyTable.from_rows(rows, provenance), table)
 
 
+def truth(study, cells):
+    return study.Knowledge.of(cells, "true", 0)
+
+
 def test_a_network_has_the_figures_of_its_canonical_spelling(study, cells):
     assert len(cells.networks) == 12205
     spelled, network = (2, 3, 0, 3, 0, 0), (0, 0, 0, 3, 0, 0)
@@ -68,8 +74,7 @@ def test_a_network_has_the_figures_of_its_canonical_spelling(study, cells):
 )
 def test_every_search_keeps_limit_and_budget_and_ends_alike(study, cells, name):
     limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
-    constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
-    first, again = (study.run(cells, study.SEARCHES[name], constraint, limit_ms, seed=3) for _ in range(2))
+    first, again = (study.run(cells, study.SEARCHES[name], truth(study, cells), limit_ms, seed=3) for _ in range(2))
     assert first == again
     assert 0 < first["lookups"] <= study.LOOKUPS
     assert first["over_percent"] <= 1e-9
@@ -85,11 +90,9 @@ def test_every_search_keeps_limit_and_budget_and_ends_alike(study, cells, name):
 
 def test_learning_searches_beat_chance_where_edges_add_up(study, cells):
     limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
-    constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
+    known = truth(study, cells)
     medians = {
-        name: np.median(
-            [study.run(cells, study.SEARCHES[name], constraint, limit_ms, seed)["regret"] for seed in range(5)]
-        )
+        name: np.median([study.run(cells, study.SEARCHES[name], known, limit_ms, seed)["regret"] for seed in range(5)])
         for name in ("random", "relativenas", "relativenas+renewal", "irlas+hopeful", "irlas+foresight")
     }
     assert medians["random"] > 0
@@ -102,8 +105,8 @@ def test_learning_searches_beat_chance_where_edges_add_up(study, cells):
 def test_an_answer_beyond_the_limit_is_told(study, cells):
     """The oracle is told half of every latency, so what it allows breaks the limit."""
     limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 20))
-    constraint = Constraint(cells.oracle(0.5 * cells.latency_ms), limit_ms)
-    found = study.run(cells, study.SEARCHES["irlas+hopeful"], constraint, limit_ms, seed=0)
+    half = study.Knowledge(0.5 * cells.latency_ms, 0.5 * cells.latency_ms)
+    found = study.run(cells, study.SEARCHES["irlas+hopeful"], half, limit_ms, seed=0)
     assert found["over_percent"] > 5
     assert found["over_percent"] == pytest.approx(100 * (found["latency_ms"] / limit_ms - 1))
     assert found["regret"] < 0
@@ -114,7 +117,7 @@ def test_answers_are_told_by_another_accuracy_than_searches_look_up(study, cells
     judge = AccuracyTable(cells.space, worst, "upside down", "fraction")
     limit_ms = float(np.percentile(cells.latency_ms[cells.networks], 50))
     constraint = Constraint(cells.oracle(cells.latency_ms), limit_ms)
-    found = study.run(replace(cells, judge=judge), study.SEARCHES["random"], constraint, limit_ms, 0, 40)
+    found = study.run(replace(cells, judge=judge), study.SEARCHES["random"], truth(study, cells), limit_ms, 0, 40)
     looked_up = draw(Problem((constraint,), "digits", Path("unused"), 0), 40, np.random.default_rng(0)).archs
     assert found["lookups"] == len(looked_up) == 40
     least = min(cells.accuracy.evaluate(arch) for arch in looked_up)
@@ -122,10 +125,52 @@ def test_answers_are_told_by_another_accuracy_than_searches_look_up(study, cells
 
 
 def test_bounds_of_a_learned_oracle_hold_what_was_never_measured(study, cells):
-    bounds = cells.learned_bounds(seed=0)
-    assert (bounds[cells.networks] >= cells.latency_ms[cells.networks]).mean() > 0.85
-    assert np.median(bounds / cells.latency_ms) < 1.2
-    assert (bounds == bounds[cells.network]).all()
+    lower, upper = cells.learned(seed=0)
+    assert (lower < upper).all()
+    assert (upper[cells.networks] >= cells.latency_ms[cells.networks]).mean() > 0.85
+    assert (lower[cells.networks] <= cells.latency_ms[cells.networks]).mean() > 0.85
+    assert np.median(upper / lower) < 1.4
+    assert (upper == upper[cells.network]).all()
+
+
+@pytest.mark.parametrize(
+    ("finalists", "answer"),
+    [
+        (0, 4),  # the best that surely keeps the limit
+        (1, 4),  # the best doubtful one was measured, and breaks it
+        (2, 2),  # the second keeps it
+        (9, 2),
+    ],
+)
+def test_the_best_that_may_keep_the_limit_are_measured(study, cells, finalists, answer):
+    """Networks 0 to 4, the best first: one that is known to break the limit, two in doubt, one that breaks it, one
+    within."""
+    chosen = cells.networks[:5]
+    lookups = Lookups(AccuracyTable(cells.space, {}, "none", "fraction"), cells.space)
+    lookups.values = {tuple(cells.archs[at].tolist()): 1 - 0.1 * i for i, at in enumerate(chosen)}
+    ms, asked, surely = (np.full(len(cells.archs), 9.0) for _ in range(3))
+    ms[chosen], asked[chosen], surely[chosen] = (9, 6, 5, 9, 3), (8, 4, 4, 6, 2), (9, 7, 6, 9, 4)
+    measured = replace(cells)
+    measured.__dict__["latency_ms"] = ms
+    assert study.answer(measured, lookups, study.Knowledge(asked, surely, finalists), 5.0) == chosen[answer]
+
+
+def test_no_answer_where_none_is_known_to_keep_the_limit(study, cells):
+    lookups = Lookups(cells.accuracy, cells.space)
+    lookups.evaluate((0,) * 6)
+    with pytest.raises(UsageError, match="of 1 networks looked up none is known to keep 1 ms"):
+        study.answer(cells, lookups, truth(study, cells), 1.0)
+
+
+def test_knowledge_spends_as_many_measurements_either_way(study, cells, monkeypatch):
+    asked = []
+    learned = study.Cells.learned
+    monkeypatch.setattr(study.Cells, "learned", lambda *a: (asked.append(a[2:] or (study.MEASURED,)), learned(*a))[1])
+    by_margin, by_finalists = (study.Knowledge.of(cells, oracle, 0) for oracle in ("learned", "finalists"))
+    assert asked == [(50,), (50 - study.FINALISTS,)]
+    assert (by_margin.asked == by_margin.surely).all()
+    assert (by_finalists.asked < by_finalists.surely).all()
+    assert (by_margin.finalists, by_finalists.finalists) == (0, study.FINALISTS)
 
 
 def test_figures_of_the_summary(study):
@@ -167,7 +212,7 @@ def test_the_picture_is_drawn(study, tmp_path):
 def test_published_cells_are_searched_with_half_of_chances_regret(study):
     cells = study.Cells.read(REFERENCE / "nb201_search.parquet", "c100_test_200ep", 256)
     searches = {name: study.SEARCHES[name] for name in ("random", "relativenas+renewal", "irlas+foresight")}
-    found = study.summary(pd.DataFrame(study.study(cells, 256, searches, range(10), learned=False)))
+    found = study.summary(pd.DataFrame(study.study(cells, 256, searches, range(10), "true")))
     assert (found["feasible %"] == 100).all()
     for name in ("relativenas+renewal", "irlas+foresight"):
         assert (found["of random"].xs(name, level="search") <= 0.5).all()
