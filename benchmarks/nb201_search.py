@@ -42,6 +42,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -351,14 +352,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_picture(table: pd.DataFrame, path: Path) -> None:
-    """Regrets as boxes, a panel per batch and oracle."""
+    """Regrets as boxes, a row of panels per batch, a column per oracle."""
     from matplotlib.figure import Figure
 
-    panels = list(table.groupby(["batch", "oracle"], sort=False))
-    names = list(dict.fromkeys(table["search"]))
-    figure = Figure(figsize=(11, 3.2 * ((len(panels) + 1) // 2)), layout="constrained")
-    axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).ravel()
-    for axis, ((batch, oracle), part) in zip(axes, panels, strict=False):
+    names, batches, oracles = (list(dict.fromkeys(table[column])) for column in ("search", "batch", "oracle"))
+    figure = Figure(figsize=(5 * len(oracles), 3.4 * len(batches)), layout="constrained")
+    axes = figure.subplots(len(batches), len(oracles), squeeze=False, sharey="row").ravel()
+    for axis, (batch, oracle) in zip(axes, product(batches, oracles), strict=True):
+        part = table[(table["batch"] == batch) & (table["oracle"] == oracle)]
         for i, name in enumerate(names):
             regrets = [part[(part["search"] == name) & (part["percentile"] == p)]["regret"] for p in PERCENTILES]
             places = np.arange(len(PERCENTILES)) + (i - (len(names) - 1) / 2) * 0.16
@@ -375,11 +376,12 @@ def draw_picture(table: pd.DataFrame, path: Path) -> None:
         limits = [part[part["percentile"] == p]["limit_ms"].iloc[0] for p in PERCENTILES]
         texts = [f"{p}th percentile\n{ms:.2f} ms" for p, ms in zip(PERCENTILES, limits, strict=True)]
         axis.set_xticks(np.arange(len(PERCENTILES)), texts)
-        told = TITLES[str(oracle)]
-        axis.set_title(f"GTX 1080 Ti, batch {batch}: {told}", fontsize="medium")
-        axis.set_ylabel("regret, points of accuracy")
+        axis.set_title(f"GTX 1080 Ti, batch {batch}\n{TITLES[oracle]}", fontsize="medium")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize="small")
+    for axis in axes[:: len(oracles)]:
+        axis.set_ylabel("regret, points of accuracy")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize="small")
     figure.savefig(path, dpi=110)
 
 
