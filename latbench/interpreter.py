@@ -18,7 +18,10 @@ from typing import Any
 from latbench.errors import MeasurementError
 
 # What a worker may see of the environment: the rest (OMP_*, KMP_*, MKL_*, LD_PRELOAD, ...) can move a number unseen.
-ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT")
+ENVIRONMENT = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT"),
+    *("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"),
+)
 START_LIMIT_S = 60.0
 
 

@@ -185,6 +185,7 @@ def test_lock_and_removal_race_never_lets_two_in(tmp_path: Path) -> None:
 def test_on_a_full_disk_the_measurements_so_far_are_kept(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
+sys.dont_write_bytecode = True
 from latbench.errors import TableError
 from latbench.spool import Spool
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

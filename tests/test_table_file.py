@@ -184,6 +184,7 @@ def test_on_a_full_disk_the_old_table_stays_and_no_temporary_file(tmp_path: Path
     before = path.read_bytes()
     code = """
 import resource, signal, sys
+sys.dont_write_bytecode = True
 from latbench.errors import TableError
 from latbench.tables import LatencyTable, Provenance, Row
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -82,12 +82,15 @@ class LazyGroup(click.Group):
     running: str | None = None  # the command's name
 
     def invoke(self, ctx: click.Context) -> Any:
-        """An interrupt that an extension module turned into an error of its own is an interrupt."""
+        """An interrupt that an extension module turned into an error of its own is an interrupt; what click takes for a
+        closed terminal is none."""
         try:
             interrupts.find_tempdir()
             return super().invoke(ctx)
         except Exception as error:
             number = interrupts.came()
+            if number is None and isinstance(error, EOFError):
+                raise _EndOfFileError(error) from error
             if number is None or isinstance(error, click.exceptions.Exit):
                 raise
             raise interrupts.Interrupted(number) from error
@@ -112,12 +115,35 @@ class LazyGroup(click.Group):
             if "can't allocate memory" not in str(error):
                 raise
             _fail(_no_memory(str(error)), 1)
+        except _EndOfFileError as error:
+            if (module := _cut_short(error.error)) is None:
+                raise error.error from None
+            _fail(f"{module} is cut short, as a disk that is full leaves it: remove it, and run the same command", 1)
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = "" if error.filename is None else f"{error.filename}: "
             _fail(f"{where}{error.strerror or error}", 1)
         sys.exit(result if isinstance(result, int) else 0)
+
+
+class _EndOfFileError(Exception):
+    """An EOFError, out of click's reach."""
+
+    def __init__(self, error: EOFError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _cut_short(error: EOFError) -> str | None:
+    """The compiled module (.pyc) that an import found too short: Python writes what there is room for."""
+    at = error.__traceback__
+    while at is not None:
+        known = at.tb_frame.f_locals
+        if at.tb_frame.f_code.co_filename == "<frozen importlib._bootstrap_external>" and "bytecode_path" in known:
+            return str(known["bytecode_path"])
+        at = at.tb_next
+    return None
 
 
 def _no_memory(words: str) -> str:

@@ -322,15 +322,27 @@ def command_line() -> str:
 
 
 def _commit() -> str:
-    """Commit of the latbench that runs, "+dirty" where its files differ from it; "" outside a checkout."""
+    """Commit of the latbench that runs, "+dirty" where its files differ from it; "" outside a checkout.
+
+    Takes no lock (as ``git describe`` would): a commit of the user's beside it must not fail.
+    """
     here = Path(__file__).parent
+    words = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(here),
+        "status",
+        "--porcelain=v2",
+        "--branch",
+        "--untracked-files=no",
+    ]
     try:
-        run = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        run = subprocess.run(words, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
+    head, *lines = run.stdout.splitlines() or [""]
+    commit = head.removeprefix("# branch.oid ")
+    if run.returncode != 0 or not set(commit) <= set("0123456789abcdef"):
+        return ""
+    return commit[:12] + ("+dirty" if any(not line.startswith("#") for line in lines) else "")

@@ -45,6 +45,7 @@ class Command:
         self.tmp = folder / "tmp"
         self.tmp.mkdir(exist_ok=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp), "PYTHONWARNINGS": "error"}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing that a full disk or a kill cuts short is left to others
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, args)],
             env=environment | more.pop("env", {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -22,7 +23,7 @@ from latbench.measure.launcher import LocalLauncher
 from latbench.oracle.lut import LutOracle
 from latbench.profiling import Target, duration_s, profile, wanted
 from latbench.profiling.jobs import jobs_of
-from latbench.profiling.profile import sampled
+from latbench.profiling.profile import _commit, sampled
 from latbench.spaces.mobilenet_v1 import MobileNetV1Space
 from latbench.spaces.nasbench201 import NASBench201Space
 from latbench.spool import Spool
@@ -256,6 +257,39 @@ def test_provenance_says_everything_a_reader_needs(tmp_path: Path, monkeypatch: 
     assert about.host == platform.node()
     assert about.started_at <= about.finished_at
     assert about.started_at.endswith("+00:00")
+
+
+def test_the_commit_is_told_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measuring run must not be in the way of its user's commits."""
+
+    def git(*words: str) -> str:
+        about = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        return subprocess.run(
+            ["git", "-C", str(folder), *about, *words], check=True, capture_output=True, text=True
+        ).stdout
+
+    folder = tmp_path / "of latbench"
+    folder.mkdir()
+    module = folder / "profile.py"
+    module.write_text("first")
+    monkeypatch.setattr(sys.modules["latbench.profiling.profile"], "__file__", str(module))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert _commit() == ""
+    git("init", "--quiet")
+    assert _commit() == ""
+    git("add", "profile.py")
+    git("commit", "--quiet", "-m", "first")
+    head = git("rev-parse", "HEAD")[:12]
+    assert _commit() == head
+    (folder / "untracked").touch()
+    os.utime(module, (1, 1))  # for git to look again whether it is the same
+    index = (folder / ".git" / "index").read_bytes()
+    assert _commit() == head
+    assert (folder / ".git" / "index").read_bytes() == index
+    module.write_text("second")
+    assert _commit() == f"{head}+dirty"
+    (folder / ".git" / "index.lock").touch()
+    assert _commit() == f"{head}+dirty"
 
 
 @pytest.mark.parametrize(
