@@ -23,6 +23,7 @@ from latbench.interpreter import START_LIMIT_S, Package
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
 
 AHEAD = 2  # requests in the pipe: the worker never waits for the parent's bookkeeping
+DEATHS = 5  # of workers at one request, those before they began with it included
 CALIBRATE_S = 0.2  # the first worker watches the clock for so long
 
 
@@ -113,10 +114,7 @@ class LocalLauncher:
                 self._send(ahead)
                 pending.append(ahead)
                 ahead = next(source, None)
-            result = self._answer(pending[0])
-            if result is None:  # the worker died: once more, in a new one
-                self._resend(pending)
-                result = self._answer(pending[0]) or self._death(pending[0])
+            result = self._result(pending)
             pending.popleft()
             if self._worker is None:
                 self._resend(pending)
@@ -150,12 +148,27 @@ class LocalLauncher:
             self.start()
             self._send(request)
 
+    def _result(self, pending: deque[Request]) -> Measurement:
+        """The measurement of the oldest request. Where its worker dies it is asked for once more, in a new one; deaths
+        before a worker began with it (of one that stood ready, say) are not its fault."""
+        deaths = begun = 0
+        while begun < 2 and deaths < DEATHS:
+            if deaths:
+                self._resend(pending)
+            result = self._answer(pending[0])
+            if result is not None:
+                return result
+            deaths += 1
+            begun += self._begun
+        times = "twice" if deaths == 2 else f"{deaths} times"
+        return _failed(pending[0], "error", self._stage, f"the worker died {times} ({self._last_words})")
+
     def _answer(self, request: Request) -> Measurement | None:
         """The measurement of the oldest request; None when the worker died, and then there is no worker any more."""
         assert self._worker is not None
         plan = request.plan
         limits = {"load": plan.load_limit_s, "warmup": plan.warmup_limit_s, "measure": plan.measure_limit_s}
-        self._stage, limit = "load", plan.load_limit_s
+        self._stage, self._begun, limit = "load", False, plan.load_limit_s
         while True:
             try:
                 message = self._worker.receive(limit)
@@ -167,13 +180,10 @@ class LocalLauncher:
                 self._stop()
                 return None
             if "stage" in message:
-                self._stage = message["stage"]
+                self._stage, self._begun = message["stage"], True
                 limit = limits[self._stage]
             else:
                 return Measurement.from_dict(message["measurement"])
-
-    def _death(self, request: Request) -> Measurement:
-        return _failed(request, "error", self._stage, f"the worker died twice ({self._last_words})")
 
     def _stop(self) -> None:
         if self._worker is not None:

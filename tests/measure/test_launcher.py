@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from latbench.backends.base import Scalar
 from latbench.errors import MeasurementError
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
-from latbench.measure.launcher import LocalLauncher, cpus_for
+from latbench.measure.launcher import DEATHS, LocalLauncher, cpus_for
 
 SETUP = WorkerSetup("faulty_backend:FaultyBackend")
 PLAN = SamplingPlan(runs=1, rounds=1, min_samples=50, load_limit_s=1, warmup_limit_s=1, measure_limit_s=1)
@@ -160,6 +161,30 @@ def test_a_worker_whose_answer_is_no_message_is_killed(
     assert measured[1].error == "the worker died twice (signal SIGKILL)"
 
 
+def test_a_worker_that_died_while_it_stood_ready_costs_no_row(
+    launcher: LocalLauncher, requests: Requests, tmp_path: Path
+) -> None:
+    launcher.prepare(3)
+    launcher.start()
+    for spare in launcher._spares:
+        assert select.select([spare._read], [], [], 60)[0]  # it says that it is ready
+        spare._process.kill()
+        spare._process.wait()
+    once = {"how": "kill", "call": 20, "once": str(tmp_path / "struck")}
+    assert statuses(list(launcher.measure(requests(once, {})))) == ["ok", "ok"]
+    assert (tmp_path / "struck").exists()
+    assert not launcher._spares
+
+
+def test_workers_that_never_begin_are_an_error(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalLauncher(SETUP) as launcher:
+        send = launcher._send
+        monkeypatch.setattr(launcher, "_send", lambda request: (launcher._worker._process.kill(), send(request)))
+        (measured,) = launcher.measure(requests({}))
+    assert (measured.status, measured.stage) == ("error", "load")
+    assert measured.error == f"the worker died {DEATHS} times (signal SIGKILL)"
+
+
 def test_the_last_line_printed_explains_a_death(launcher: LocalLauncher, requests: Requests) -> None:
     (measured,) = launcher.measure(requests({"how": "flood and die", "call": 1}))
     assert measured.error == "the worker died twice (signal SIGKILL: last words)"
@@ -211,7 +236,7 @@ def test_the_layers_pass_fails_in_words(
 PARENT = """
 import sys
 from latbench.measure.base import Request, SamplingPlan, WorkerSetup
-from latbench.measure.launcher import LocalLauncher
+from latbench.measure.launcher import DEATHS, LocalLauncher
 with LocalLauncher(WorkerSetup("faulty_backend:FaultyBackend")) as launcher:
     list(launcher.measure([Request("k", sys.argv[1], 0, 0, SamplingPlan())]))
 """
