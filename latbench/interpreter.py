@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +24,36 @@ ENVIRONMENT = (
 START_LIMIT_S = 60.0
 
 
-class Package:
-    """What an interpreter needs to run a worker: its command, and an environment in which it finds latbench.
+WORKER = "latbench.measure.worker"
+# Another interpreter must not see our packages, compiled for ours: it is told where latbench lies, and no folder.
+ELSEWHERE = """
+import importlib.util, runpy, sys
+spec = importlib.util.spec_from_file_location("latbench", {init!r}, submodule_search_locations=[{folder!r}])
+sys.modules["latbench"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
-    Another interpreter must not see this one's packages, compiled for it: only latbench, through a link in a folder of
-    its own, until ``remove``.
-    """
 
-    def __init__(self, python: str = sys.executable) -> None:
-        self.python = python
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        package = Path(__file__).parent
-        if python == sys.executable:
-            self._path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
-        else:
-            self._folder = tempfile.TemporaryDirectory(prefix="latbench-worker-")
-            self._path = self._folder.name
-            (Path(self._path) / package.name).symlink_to(package)
+def command(python: str, *args: object) -> list[str]:
+    """What runs a worker on an interpreter, with these arguments."""
+    words = [WORKER, *map(str, args)]
+    if python == sys.executable:
+        return [python, "-m", *words]
+    folder = Path(__file__).parent
+    return [python, "-c", ELSEWHERE.format(init=str(folder / "__init__.py"), folder=str(folder)), *words]
 
-    def environment(self) -> dict[str, str]:
-        """Allow-listed, and numpy's own thread pools out of the way: threads are the runtime's, set by its options."""
-        kept = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
-        if self._folder is not None:
-            kept.pop("VIRTUAL_ENV", None)
-        kept |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        return {**kept, "PYTHONPATH": self._path}
 
-    def remove(self) -> None:
-        """Takes the link away."""
-        if self._folder is not None:
-            self._folder.cleanup()
+def environment(python: str) -> dict[str, str]:
+    """Allow-listed, and numpy's own thread pools out of the way: threads are the runtime's, set by its options."""
+    kept = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
+    if python == sys.executable:
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), kept.get("PYTHONPATH"))))
+    else:
+        for ours in ("PYTHONPATH", "VIRTUAL_ENV"):
+            kept.pop(ours, None)
+    return kept | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def describe(backend: str, python: str = sys.executable) -> dict[str, Any]:
@@ -62,16 +61,11 @@ def describe(backend: str, python: str = sys.executable) -> dict[str, Any]:
 
     Raises MeasurementError where the interpreter cannot run a worker.
     """
-    package = Package(python)
-    command = [python, "-m", "latbench.measure.worker", "--describe", backend]
+    words, seen = command(python, "--describe", backend), environment(python)
     try:
-        run = subprocess.run(
-            command, env=package.environment(), capture_output=True, text=True, timeout=START_LIMIT_S, check=False
-        )
+        run = subprocess.run(words, env=seen, capture_output=True, text=True, timeout=START_LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MeasurementError(f"the worker's interpreter {python} cannot be run: {error}") from error
-    finally:
-        package.remove()
     if run.returncode != 0:
         last = (run.stderr.strip().splitlines() or [f"exit {run.returncode}"])[-1]
         raise MeasurementError(f"the worker's interpreter {python} cannot run latbench.measure: {last[:500]}")

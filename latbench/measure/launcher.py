@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from latbench.errors import MeasurementError
-from latbench.interpreter import START_LIMIT_S, Package
+from latbench.interpreter import START_LIMIT_S, command, environment
 from latbench.measure.base import Measurement, Request, SamplingPlan, WorkerSetup
 
 AHEAD = 2  # requests in the pipe: the worker never waits for the parent's bookkeeping
@@ -52,7 +52,6 @@ class LocalLauncher:
         self.conditions: dict[str, Any] = {}  # as the latest worker reported them; the clock as the first saw it
         self._worker: _Worker | None = None
         self._spares: deque[_Worker] = deque()
-        self._package = Package(python)
 
     def __enter__(self) -> LocalLauncher:
         return self
@@ -61,7 +60,6 @@ class LocalLauncher:
         self._stop()
         while self._spares:
             self._spares.pop().kill()
-        self._package.remove()
 
     def prepare(self, workers: int) -> None:
         """Lets so many workers start beside what the parent does next, before anything is measured.
@@ -69,7 +67,7 @@ class LocalLauncher:
         Later ones are then at hand at once: a new run, or a crash, costs no start in the midst of measuring.
         """
         while len(self._spares) + (self._worker is not None) < workers:
-            self._spares.append(_Worker(self.setup, self._package))
+            self._spares.append(_Worker(self.setup, self.python))
 
     def start(self) -> dict[str, Any]:
         """Starts a worker where there is none; gives its conditions. Raises MeasurementError where it cannot start."""
@@ -95,7 +93,7 @@ class LocalLauncher:
 
     def _new(self) -> _Worker:
         calibrate_s = self.setup.calibrate_s if self.conditions else CALIBRATE_S
-        return _Worker(replace(self.setup, calibrate_s=calibrate_s), self._package)
+        return _Worker(replace(self.setup, calibrate_s=calibrate_s), self.python)
 
     def measure(self, requests: Iterable[Request]) -> Iterator[Measurement]:
         """One Measurement per Request, in order."""
@@ -215,19 +213,19 @@ def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
 class _Worker:
     """One worker process and its pipe. Raises MeasurementError where the system lets none be made."""
 
-    def __init__(self, setup: WorkerSetup, package: Package) -> None:
+    def __init__(self, setup: WorkerSetup, python: str) -> None:
         with contextlib.ExitStack() as undo:
             try:
                 to_read, self._write = _pipe(undo)
                 self._read, to_write = _pipe(undo)
                 self._stderr = undo.enter_context(tempfile.TemporaryFile())
                 self._process = subprocess.Popen(
-                    [package.python, "-m", "latbench.measure.worker", str(to_read), str(to_write), str(os.getpid())],
+                    command(python, to_read, to_write, os.getpid()),
                     pass_fds=(to_read, to_write),
                     stdin=subprocess.DEVNULL,
                     stdout=self._stderr,
                     stderr=self._stderr,
-                    env=package.environment(),
+                    env=environment(python),
                     start_new_session=True,  # its own process group to kill, its own autogroup to prefer
                 )
             except OSError as error:
