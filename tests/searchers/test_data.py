@@ -197,6 +197,7 @@ def batches(**changes):
     return Batches(open_data("digits"), "train", np.arange(100), train_transform(12, mirrored=False), **settings)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one CPU
 def test_batches_depend_on_seed_and_epoch_only():
     first = [b.images for b in batches().epoch(4)]
     assert len(first) == len(batches()) == 6
