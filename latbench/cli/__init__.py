@@ -82,15 +82,16 @@ class LazyGroup(click.Group):
     running: str | None = None  # the command's name
 
     def invoke(self, ctx: click.Context) -> Any:
-        """An interrupt that an extension module turned into an error of its own is an interrupt; what click takes for a
-        closed terminal is none."""
+        """An interrupt that an extension module turned into an error of its own is an interrupt."""
         try:
             interrupts.find_tempdir()
             return super().invoke(ctx)
         except Exception as error:
             number = interrupts.came()
-            if number is None and isinstance(error, EOFError):
-                raise _EndOfFileError(error) from error
+            if number is None and (module := _cut_short(error)) is not None:
+                raise LatbenchError(
+                    f"{module} is cut short, as a disk that is full leaves it: remove it, and run the same command"
+                ) from error
             if number is None or isinstance(error, click.exceptions.Exit):
                 raise
             raise interrupts.Interrupted(number) from error
@@ -105,6 +106,8 @@ class LazyGroup(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), 1)
         except click.Abort as error:  # click's form of KeyboardInterrupt; the line's ^C is closed by now
+            if isinstance(error.__cause__, EOFError):  # and of a terminal's end, which no command reads: a bug
+                raise error.__cause__ from None
             number = getattr(error.__cause__, "number", int(signal.SIGINT))
             _fail(interrupts.message(number, self.running), 128 + number)
         except LatbenchError as error:
@@ -115,10 +118,6 @@ class LazyGroup(click.Group):
             if "can't allocate memory" not in str(error):
                 raise
             _fail(_no_memory(str(error)), 1)
-        except _EndOfFileError as error:
-            if (module := _cut_short(error.error)) is None:
-                raise error.error from None
-            _fail(f"{module} is cut short, as a disk that is full leaves it: remove it, and run the same command", 1)
         except OSError as error:
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -127,17 +126,9 @@ class LazyGroup(click.Group):
         sys.exit(result if isinstance(result, int) else 0)
 
 
-class _EndOfFileError(Exception):
-    """An EOFError, out of click's reach."""
-
-    def __init__(self, error: EOFError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-def _cut_short(error: EOFError) -> str | None:
+def _cut_short(error: Exception) -> str | None:
     """The compiled module (.pyc) that an import found too short: Python writes what there is room for."""
-    at = error.__traceback__
+    at = error.__traceback__ if isinstance(error, EOFError) else None
     while at is not None:
         known = at.tb_frame.f_locals
         if at.tb_frame.f_code.co_filename == "<frozen importlib._bootstrap_external>" and "bytecode_path" in known:

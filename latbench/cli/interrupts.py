@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +86,8 @@ def heeded(command: Callable[[], str | None]) -> Iterator[None]:
 def find_tempdir() -> None:
     """Lets Python find its folder for temporary files while signals wait: it tries folders with a file, which one that
     came just before the file goes would leave there. To be called while this process has one thread."""
+    import tempfile  # a tenth of the time in which `latbench --help` answers
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with contextlib.suppress(OSError):  # who needs one says so
